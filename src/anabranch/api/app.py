@@ -1,0 +1,86 @@
+"""Puts the server together: models, routes, middlewares and error handlers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from anabranch import __version__
+from anabranch.api import openapi
+from anabranch.api.errors import handle_anabranch_error, handle_http_exception
+from anabranch.api.middleware import ApiKeys, BodyLimit, RefuseWhileDraining, RequestContext
+from anabranch.api.routes import chat, completions, embeddings, models, operations
+from anabranch.api.service import ServerOptions, Service
+from anabranch.api.streaming import ClientGone
+from anabranch.errors import AnabranchError
+from anabranch.models.protocol import Model
+
+
+def create_app(models_: Sequence[Model], options: ServerOptions | None = None) -> FastAPI:
+    """An ASGI application that serves ``models_`` under their names.
+
+    The models are started and closed with it. ``app.state.service`` is its shared state.
+    """
+    options = options or ServerOptions()
+    service = Service(models_, options)
+    app = FastAPI(
+        title="Anabranch",
+        version=__version__,
+        description="Language models behind OpenAI's HTTP interface.",
+        # The interactive pages load scripts from another host.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+        middleware=[  # the first is the outermost
+            Middleware(RequestContext, service=service),
+            Middleware(ApiKeys, keys=options.api_keys),
+            Middleware(RefuseWhileDraining, service=service),
+            Middleware(BodyLimit, max_bytes=options.max_body_bytes),
+        ],
+        exception_handlers={
+            AnabranchError: handle_anabranch_error,
+            HTTPException: handle_http_exception,
+            ClientGone: _handle_client_gone,
+            ClientDisconnect: _handle_client_gone,
+        },
+    )
+    app.state.service = service
+    for module in (models, chat, completions, embeddings, operations):
+        app.include_router(module.router)
+    openapi.install(app, has_keys=bool(options.api_keys))
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    async with AsyncExitStack() as stack:
+        for model in service.models.values():
+            stack.push_async_callback(model.close)
+            try:
+                await model.start()
+            except BaseException as error:
+                service.startup_error = error
+                raise
+        sampler = asyncio.create_task(_sample(service))
+        stack.callback(sampler.cancel)
+        yield
+
+
+async def _sample(service: Service) -> None:
+    """Tokens per second need samples at a steady pace, however often Prometheus asks."""
+    while True:
+        service.metrics.sample()
+        await asyncio.sleep(1.0)
+
+
+async def _handle_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # counted, read by nobody

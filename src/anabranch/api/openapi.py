@@ -1,0 +1,80 @@
+"""The OpenAPI document: request bodies are read by :mod:`anabranch.api.body`, so FastAPI has to
+be told about them, and every status that a route can answer is listed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from anabranch.api import schemas
+from anabranch.api.responses import ErrorResponse
+
+REFERENCE = "#/components/schemas/{model}"
+
+_ERRORS = {
+    400: "A field has a value that cannot be served; `param` is its path.",
+    401: "API keys are set and the request has none of them.",
+    404: "No such model.",
+    413: "The body is too large.",
+    415: "The content-type is not application/json.",
+    429: "The queue is full; retry after `retry-after` seconds.",
+    500: "The request was admitted and failed.",
+    503: "The server is shutting down.",
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` argument of a route."""
+    return {s: {"model": ErrorResponse, "description": _ERRORS[s]} for s in statuses}
+
+
+def request_body(schema: type[BaseModel]) -> dict[str, Any]:
+    """The ``openapi_extra`` argument of a route that reads ``schema``."""
+    reference = {"$ref": REFERENCE.format(model=schema.__name__)}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
+    }
+
+
+def event_stream() -> dict[str, Any]:
+    """The second content type of a 200 that may be streamed, as the schema of one event."""
+    text = "A chunk as JSON; `[DONE]` in the last event; `{\"error\": ...}` if it failed on the way."
+    data = {"type": "string", "description": text}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {"text/event-stream": {"schema": event}}
+
+
+def install(app: FastAPI, has_keys: bool) -> None:
+    """Replace ``app.openapi`` by one that knows the request bodies and the keys."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            built = get_openapi(
+                title=app.title,
+                version=app.version,
+                description=app.description,
+                routes=app.routes,
+            )
+            bodies: list[type[BaseModel]] = [
+                schemas.ChatCompletionRequest,
+                schemas.CompletionRequest,
+                schemas.EmbeddingRequest,
+            ]
+            _, definitions = models_json_schema(
+                [(body, "validation") for body in bodies], ref_template=REFERENCE
+            )
+            built["components"]["schemas"].update(definitions["$defs"])
+            if has_keys:
+                built["components"]["securitySchemes"] = {
+                    "key": {"type": "http", "scheme": "bearer"}
+                }
+                built["security"] = [{"key": []}]
+            app.openapi_schema = built
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]

@@ -1,0 +1,1 @@
+"""The routes, one file a group: each reads a body, asks a model, and writes OpenAI's shape."""

@@ -1,0 +1,77 @@
+"""What all requests of one server share: its models, options, metrics and whether it drains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anabranch.api.metrics import Metrics
+from anabranch.errors import ConfigurationError, ModelNotFound, did_you_mean
+from anabranch.models.protocol import Model
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the HTTP side behaves.
+
+    With ``api_keys`` every path except ``/health`` and ``/metrics`` needs one of them as a bearer
+    token. ``ping_seconds``: how long a stream may be silent before a comment keeps it alive.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 8 * 1024 * 1024
+    ping_seconds: float = 15.0
+
+
+class Service:
+    """The state of one server. ``active`` counts requests that are being answered."""
+
+    def __init__(self, models: Sequence[Model], options: ServerOptions) -> None:
+        self.models = {model.name: model for model in models}
+        if len(self.models) != len(models):
+            names = [model.name for model in models]
+            raise ConfigurationError(f"two models are served under one name: {', '.join(names)}")
+        if not self.models:
+            raise ConfigurationError("a server needs at least one model")
+        self.options = options
+        self.metrics = Metrics(list(models))
+        self.created = int(time.time())
+        self.draining = False
+        self.active = 0
+        self.startup_error: BaseException | None = None
+
+    def model(self, name: str) -> Model:
+        """The model served under exactly this name; :class:`ModelNotFound` otherwise."""
+        if name in self.models:
+            return self.models[name]
+        hint = did_you_mean(name, self.models)
+        shown = name if len(name) <= 100 else name[:97] + "..."
+        raise ModelNotFound(
+            f"model: {shown!r} is not served here{hint}; served: {', '.join(self.models)}"
+        )
+
+
+def read_api_keys(path: Path) -> tuple[str, ...]:
+    """The keys in a file, one a line; blank lines and ``#`` comments are skipped.
+
+    Raises :class:`ConfigurationError` if the file cannot be read or holds no key.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"cannot read the API keys in {path}: {error}") from error
+    keys = []
+    for number, line in enumerate(lines, start=1):
+        key = line.strip()
+        if not key or key.startswith("#"):
+            continue
+        if not key.isascii() or any(character.isspace() for character in key):
+            raise ConfigurationError(
+                f"{path}, line {number}: a key is one word of ASCII characters on its own line"
+            )
+        keys.append(key)
+    if not keys:
+        raise ConfigurationError(f"{path} holds no API key; put one on each line")
+    return tuple(keys)

@@ -1,0 +1,101 @@
+"""How long an engine step takes, learned from steps that ran.
+
+One fitted object answers every question about step time: how many tokens fit in a latency
+target, what a plan will take, and what time it is in a simulation.
+
+    seconds = fixed + per_token * tokens + per_context * context
+
+The form is SmartSpec's (Liu et al. 2024, section 4.2): weights are read once per step, every
+token costs compute, and every context token costs a read of the cache.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+CORRECTION_RATE = 0.1
+"""Weight of the newest observation in the online correction."""
+REFIT_EVERY = 32
+WINDOW = 512
+
+
+@dataclass
+class CostModel:
+    """Predicts the seconds of a step of ``tokens`` tokens that attend to ``context`` tokens."""
+
+    fixed: float = 0.0
+    per_token: float = 0.0
+    per_context: float = 0.0
+    correction: float = 1.0
+    """Recent observed time over predicted time: follows a machine that gets busier."""
+    _observed: deque[tuple[int, int, float]] = field(
+        default_factory=lambda: deque(maxlen=WINDOW), repr=False
+    )
+    _unfitted: int = field(default=0, repr=False)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is anything to predict from."""
+        return self.fixed + self.per_token + self.per_context > 0
+
+    def predict(self, tokens: int, context: int) -> float:
+        """Seconds of a step."""
+        raw = self.fixed + self.per_token * tokens + self.per_context * context
+        return raw * self.correction
+
+    def invert(self, seconds: float, context: int = 0) -> int:
+        """Most tokens that a step can have and still take at most ``seconds``; 0 if none."""
+        left = seconds / self.correction - self.fixed - self.per_context * context
+        if left <= 0:
+            return 0
+        return int(left / self.per_token) if self.per_token else 2**31
+
+    def saturating_tokens(self, fraction: float = 0.85) -> int:
+        """Fewest tokens per step that reach ``fraction`` of the best possible tokens per second.
+
+        Throughput at b tokens is b / (fixed + per_token b), so b = f fixed / ((1 - f) per_token).
+        """
+        if not self.per_token:
+            return 1
+        return max(1, round(fraction * self.fixed / ((1 - fraction) * self.per_token)))
+
+    def observe(self, tokens: int, context: int, seconds: float) -> None:
+        """Learn from a step that ran."""
+        if self.fitted:
+            ratio = seconds / self.predict(tokens, context) * self.correction
+            # One stalled step, say a page-out, must not move every later decision.
+            ratio = min(max(ratio, self.correction / 4), self.correction * 4)
+            self.correction += CORRECTION_RATE * (ratio - self.correction)
+        self._observed.append((tokens, context, seconds))
+        self._unfitted += 1
+        if self._unfitted >= REFIT_EVERY:
+            self.fit()
+
+    def fit(self) -> None:
+        """Least squares of the relative error over the observed steps, coefficients >= 0."""
+        if len(self._observed) < 3:
+            return
+        rows = np.array(self._observed, dtype=float)
+        seconds = rows[:, 2]
+        features = np.column_stack([np.ones(len(rows)), rows[:, 0], rows[:, 1]])
+        self.fixed, self.per_token, self.per_context = _non_negative(
+            features / seconds[:, None], np.ones(len(rows))
+        )
+        self.correction = 1.0
+        self._unfitted = 0
+
+
+def _non_negative(features: np.ndarray, target: np.ndarray) -> tuple[float, float, float]:
+    """Non-negative least squares by dropping negative columns; exact enough for three columns."""
+    active = list(range(features.shape[1]))
+    solution = np.zeros(features.shape[1])
+    while active:
+        coefficients, *_ = np.linalg.lstsq(features[:, active], target, rcond=None)
+        if (coefficients >= 0).all():
+            solution[active] = coefficients
+            break
+        active.pop(int(coefficients.argmin()))
+    return float(solution[0]), float(solution[1]), float(solution[2])

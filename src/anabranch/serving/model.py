@@ -1,0 +1,275 @@
+"""A model that the serving engine runs: the engine on its own thread, behind an asyncio face.
+
+The thread alone touches the engine. Requests and aborts reach it through an inbox that it empties
+before every step; what a step produced goes back to the event loop in one call, however many
+requests it belongs to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from anabranch import models
+from anabranch.errors import Draining, InvalidRequest, QueueFull, RequestFailed, RequestTooLong
+from anabranch.models.card import ModelCard
+from anabranch.models.protocol import (
+    Embedding,
+    Message,
+    Model,
+    ModelStatistics,
+    OutputDelta,
+    SamplingParameters,
+)
+from anabranch.serving.engine import Engine, StepOutput
+from anabranch.serving.options import EngineOptions
+from anabranch.serving.runner.transformers import TransformersRunner
+from anabranch.serving.sequence import Request
+
+if TYPE_CHECKING:
+    from anabranch.models import LoadedModel, Progress
+
+logger = logging.getLogger(__name__)
+
+
+class EngineModel(Model):
+    """Serves a loaded language model. Create it with :meth:`load`."""
+
+    def __init__(self, name: str, card: ModelCard, tokenizer: Any, engine: Engine) -> None:
+        self.name = name
+        self.card = card
+        self.engine = engine
+        self._tokenizer = tokenizer
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._running: dict[str, EngineGeneration] = {}
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name: str = models.DEFAULT,
+        *,
+        served_name: str | None = None,
+        options: EngineOptions | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | None = None,
+        progress: Progress | None = None,
+    ) -> EngineModel:
+        """Load a base model by any name that :func:`anabranch.models.load` knows."""
+        loaded = models.load(name, dtype=dtype, device=device, progress=progress)
+        return cls.from_loaded(loaded, options=options, served_name=served_name)
+
+    @classmethod
+    def from_loaded(
+        cls,
+        loaded: LoadedModel,
+        *,
+        options: EngineOptions | None = None,
+        served_name: str | None = None,
+    ) -> EngineModel:
+        """Take over a model that is already in memory."""
+        options = options or EngineOptions()
+        runner = TransformersRunner(loaded.network, loaded.card.context_length, options.page_size)
+        engine = Engine(
+            runner,
+            tokenizer=loaded.tokenizer,
+            end_tokens=end_tokens(loaded),
+            options=options,
+            device=loaded.network.device,
+        )
+        return cls(served_name or loaded.name, loaded.card, loaded.tokenizer, engine)
+
+    async def start(self) -> None:
+        """Start the engine's thread."""
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(
+            target=self._work, args=(loop,), name="anabranch-engine", daemon=True
+        )
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Abort everything, stop the thread, and end all generations."""
+        if self._thread is None:
+            return
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._thread = None
+        for generation in self._running.values():
+            generation.end()
+        self._running.clear()
+
+    def statistics(self) -> ModelStatistics:
+        """Load and totals of the engine."""
+        return self.engine.statistics()
+
+    async def chat(
+        self, messages: Sequence[Message], sampling: SamplingParameters
+    ) -> EngineGeneration:
+        """Apply the model's chat template and generate."""
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise InvalidRequest(
+                "messages",
+                f"{self.name!r} has no chat template; use /v1/completions with a plain prompt",
+            )
+        self._refuse_hopeless(sum(len(str(m.get("content"))) for m in messages), "messages")
+        return self._submit(await asyncio.to_thread(self._render, messages), sampling)
+
+    async def complete(
+        self, prompt: str | Sequence[int], sampling: SamplingParameters
+    ) -> EngineGeneration:
+        """Continue a text or token ids."""
+        return self._submit(await self._tokenize(prompt, "prompt"), sampling)
+
+    async def embed(self, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
+        """Mean of the last hidden states over each text's tokens, scaled to unit length."""
+        prompts = [await self._tokenize(text, "input") for text in texts]
+        pending: list[EngineGeneration] = []
+        try:
+            for prompt in prompts:
+                pending.append(self._submit(prompt, SamplingParameters(), pooling=True))
+            return [Embedding(await each.vector(), each.prompt_tokens) for each in pending]
+        finally:
+            for generation in pending:
+                await generation.aclose()
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request; its pages are free before the next step is planned."""
+        if self._running.pop(request_id, None) is not None:
+            self._inbox.put(lambda: self.engine.abort(request_id))
+
+    def _submit(
+        self, prompt: Sequence[int], sampling: SamplingParameters, pooling: bool = False
+    ) -> EngineGeneration:
+        if self._thread is None:
+            raise Draining("the model is not running")
+        request = Request(uuid.uuid4().hex, prompt, sampling, pooling)
+        self.engine.check(request)
+        waiting = self._inbox.qsize() + self.engine.scheduler.num_waiting
+        if waiting >= self.engine.options.max_queue:
+            raise QueueFull(
+                f"{waiting} requests wait already and the queue holds "
+                f"{self.engine.options.max_queue}; try again later"
+            )
+        generation = EngineGeneration(self, request)
+        self._running[request.id] = generation
+        self._inbox.put(lambda: self.engine.add(request))
+        return generation
+
+    async def _tokenize(self, text: str | Sequence[int], field: str) -> Sequence[int]:
+        if not isinstance(text, str):
+            return list(text)
+        self._refuse_hopeless(len(text), field)
+        return await asyncio.to_thread(lambda: self._tokenizer(text)["input_ids"])
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # templates raise whatever their author chose
+            raise InvalidRequest("messages", f"the chat template refuses them: {error}") from error
+        return self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+    def _refuse_hopeless(self, characters: int, field: str) -> None:
+        """Refuse text that cannot fit without spending seconds on tokenizing it."""
+        fewest = characters // self._longest_token
+        if fewest > self.engine.max_context:
+            raise RequestTooLong(
+                field,
+                f"{characters} characters are at least {fewest} tokens, but at most "
+                f"{self.engine.max_context} fit in the context",
+            )
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            generation = self._running.get(output.request_id)
+            if generation is not None and generation.take(output):
+                del self._running[output.request_id]
+
+    # The methods below run on the engine's thread.
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._take_commands():
+            try:
+                outputs = self.engine.step()
+            except Exception as error:  # a defect of ours must not take the server down
+                logger.exception("a step failed; its requests are given up")
+                outputs = self.engine.abort_all(f"{type(error).__name__}: {error}")
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _take_commands(self) -> bool:
+        """Carry out what arrived; sleep while there is nothing to compute. False to stop."""
+        while True:
+            try:
+                command = self._inbox.get(block=not self.engine.has_work)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+
+class EngineGeneration:
+    """One request's deltas as they are produced; see :class:`anabranch.models.Generation`."""
+
+    def __init__(self, model: EngineModel, request: Request) -> None:
+        self.id = request.id
+        self.prompt_tokens = len(request.prompt)
+        self.cached_tokens = 0
+        self._model = model
+        self._unfinished = set(range(request.sampling.n))
+        self._deltas: asyncio.Queue[OutputDelta] = asyncio.Queue()
+        self._embedding: torch.Tensor | None = None
+
+    async def __aiter__(self) -> AsyncIterator[OutputDelta]:
+        unfinished = set(self._unfinished)
+        while unfinished:
+            delta = await self._deltas.get()
+            if delta.finish_reason is not None:
+                unfinished.discard(delta.index)
+            yield delta
+
+    async def vector(self) -> list[float]:
+        """The pooled vector of a pooling request, of unit length."""
+        async for delta in self:
+            if delta.finish_reason != "stop":
+                raise RequestFailed(delta.error or f"the request ended with {delta.finish_reason}")
+        assert self._embedding is not None
+        return torch.nn.functional.normalize(self._embedding, dim=0).tolist()
+
+    async def aclose(self) -> None:
+        """Abort, unless it has finished."""
+        self._model.abort(self.id)
+
+    def take(self, output: StepOutput) -> bool:
+        """Accept an output from the engine; returns whether it was the last one."""
+        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        if output.embedding is not None:
+            self._embedding = output.embedding
+        if output.delta.finish_reason is not None:
+            self._unfinished.discard(output.delta.index)
+        self._deltas.put_nowait(output.delta)
+        return not self._unfinished
+
+    def end(self) -> None:
+        """Finish every choice that is still open, because the model stops serving."""
+        for index in sorted(self._unfinished):
+            self._deltas.put_nowait(OutputDelta(index, finish_reason="abort"))
+        self._unfinished.clear()
+
+
+def end_tokens(loaded: LoadedModel) -> list[int]:
+    """Ids that end an answer: those of the generation configuration and of the tokenizer."""
+    configured = loaded.generation.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in (*ids, loaded.tokenizer.eos_token_id) if i is not None})

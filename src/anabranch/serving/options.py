@@ -1,0 +1,54 @@
+"""How an engine is set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from anabranch.errors import ConfigurationError
+
+GIBIBYTE = 2**30
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Limits and choices of one engine. ``None`` means: choose for this machine.
+
+    ``token_budget`` is the tokens of one step: more is faster in total, fewer keep running
+    streams smoother while prompts arrive. ``kv_memory`` is in bytes. ``max_queue`` is how many
+    requests may wait before new ones are refused.
+    """
+
+    token_budget: int | None = None
+    max_model_len: int | None = None
+    kv_memory: int | None = None
+    max_sequences: int = 256
+    max_queue: int = 1024
+    policy: str = "splitfuse"
+    page_size: int = 32
+    prefix_reuse: bool = True
+
+    def resolved_token_budget(self, device: torch.device) -> int:
+        """The budget, or the sheet value at which this kind of device is near saturation."""
+        if self.token_budget is not None:
+            return self.token_budget
+        return 256 if device.type == "cpu" else 2048
+
+    def resolved_pages(self, page_bytes: int, context_length: int, device: torch.device) -> int:
+        """Pages that fit in the memory given, or in a fifth of what is free, 4 GiB at most."""
+        if self.kv_memory is not None:
+            memory = self.kv_memory
+        elif device.type == "cuda":
+            memory = int(torch.cuda.mem_get_info(device)[0] * 0.8)
+        else:
+            memory = min(psutil.virtual_memory().available // 5, 4 * GIBIBYTE)
+        pages = memory // page_bytes
+        if pages < 1:
+            raise ConfigurationError(
+                f"kv_memory of {memory} bytes holds no page; one page of {self.page_size} tokens "
+                f"of this model takes {page_bytes} bytes"
+            )
+        # More than every sequence at full length can never be used.
+        return min(pages, self.max_sequences * -(-context_length // self.page_size))

@@ -1,0 +1,34 @@
+"""Runs a step plan on a model. The engine knows only this interface.
+
+:class:`~anabranch.serving.runner.transformers.TransformersRunner` is the reference that every
+other runner is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from anabranch.serving.batch import StepPlan, StepResult
+
+__all__ = ["ModelRunner"]
+
+
+class ModelRunner(Protocol):
+    """Owns the weights and the cache tensors."""
+
+    vocabulary: int
+    """Rows of the language-model head."""
+    context_length: int
+    """Longest sequence that the model was made for, in tokens."""
+    page_bytes: int
+    """Memory of one page over all layers."""
+
+    def allocate(self, num_pages: int) -> None:
+        """Create the cache tensors. Called once, before the first step."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute the plan's segments: write their keys and values, return the wanted rows."""
+
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Overwrite pages with zeros, so that bad values cannot reach their next owner."""

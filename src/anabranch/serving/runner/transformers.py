@@ -1,0 +1,191 @@
+"""Runs any Hugging Face causal language model whose attention goes through ``AttentionInterface``.
+
+The model's own layers compute everything but attention. Whether that is exact is not assumed from
+a list of architectures: on construction a short prompt is computed twice, once by the model's own
+attention and once in two pieces through the paged cache, and the model is refused if the two
+differ. Tested with transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from anabranch.errors import ModelUnsupported
+from anabranch.serving.batch import PackedBatch, StepPlan, StepResult, pack
+from anabranch.serving.runner import paged_attention
+from anabranch.serving.runner.paged_attention import LayerCache
+from anabranch.serving.sequence import Request, Segment
+from anabranch.serving.sequence import Sequence as TokenSequence
+
+AttentionInterface.register(paged_attention.NAME, paged_attention.ragged_attention)
+
+
+class TransformersRunner:
+    """Reference runner. Takes the model over: from now on it answers only through the engine.
+
+    Raises :class:`ModelUnsupported` if the model's attention bypasses the interface or needs
+    something that the paged attention does not compute.
+    """
+
+    def __init__(self, model: PreTrainedModel, context_length: int, page_size: int = 32) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.page_size = page_size
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.context_length = context_length
+        self._device = model.device
+        self._caches: list[LayerCache] = []
+        self._shapes = _take_over(self.model, page_size)
+        element = torch.finfo(model.dtype).bits // 8
+        self.page_bytes = page_size * element * sum(h * (k + v) for h, k, v in self._shapes)
+
+    def allocate(self, num_pages: int) -> None:
+        """Create zeroed caches. Untouched pages cost no physical memory on most systems."""
+        self._caches = _make_caches(
+            self._shapes, num_pages, self.page_size, self.model.dtype, self._device
+        )
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Copy pages, run the packed batch, pool what wants pooling."""
+        for cache in self._caches if plan.page_copies else ():
+            sources, targets = (list(pages) for pages in zip(*plan.page_copies, strict=True))
+            cache.keys[:, targets] = cache.keys[:, sources]
+            cache.values[:, targets] = cache.values[:, sources]
+
+        batch = plan.pack()
+        pooling = [i for i, s in enumerate(plan.segments) if s.sequence.request.pooling]
+        with _last_hidden_states(self.model, enabled=bool(pooling)) as hidden:
+            logits = _forward(self.model, batch, self.page_size, self._caches)
+        pooled = {}
+        for index in pooling:
+            start, stop = batch.query_start[index], batch.query_start[index + 1]
+            pooled[index] = hidden[0][0, start:stop].float().sum(dim=0)
+        return StepResult(logits, pooled)
+
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Zero the keys and values of pages."""
+        for cache in self._caches:
+            cache.keys[:, list(pages)] = 0
+            cache.values[:, list(pages)] = 0
+
+
+LayerShape = tuple[int, int, int]
+"""Key heads, key dimension and value dimension of one layer."""
+
+
+def _forward(
+    model: PreTrainedModel, batch: PackedBatch, page_size: int, caches: list[LayerCache]
+) -> Tensor:
+    """Logits ``[R, vocabulary]`` of the wanted rows."""
+    device = model.device
+    plan = paged_attention.make_plan(batch, page_size, caches)
+    output = model(
+        input_ids=batch.input_ids[None].to(device),
+        position_ids=batch.positions[None].to(device),
+        use_cache=False,
+        plan=plan,
+        logits_to_keep=batch.logits_index.to(device),
+    )
+    return output.logits[0]
+
+
+@contextmanager
+def _last_hidden_states(model: PreTrainedModel, enabled: bool) -> Iterator[list[Tensor]]:
+    """Collect the base model's output ``[1, tokens, hidden]`` while the head still runs."""
+    collected: list[Tensor] = []
+    if not enabled:
+        yield collected
+        return
+    hook = model.base_model.register_forward_hook(
+        lambda module, inputs, output: collected.append(output.last_hidden_state)
+    )
+    try:
+        yield collected
+    finally:
+        hook.remove()
+
+
+def _take_over(model: PreTrainedModel, page_size: int) -> list[LayerShape]:
+    """Switch a model to the paged attention and prove that it still computes the same."""
+    name = type(model).__name__
+    prompt = [(7 * i + 3) % model.config.vocab_size for i in range(page_size + 5)]
+    tokens = torch.tensor([prompt], device=model.device)
+    with torch.inference_mode():
+        expected = model(input_ids=tokens, use_cache=False).logits[0, -1].float()
+    try:
+        shapes = _observe_layers(model, tokens)
+        model.set_attn_implementation(paged_attention.NAME)
+        actual = _two_pieces(model, prompt, page_size, shapes).float()
+    except Exception as error:
+        raise ModelUnsupported(
+            f"{name} cannot be served: its attention does not go through transformers' "
+            f"AttentionInterface ({type(error).__name__}: {error}). Models of the Llama, Qwen, "
+            "Mistral, Gemma, Phi, GPT-2, GPT-NeoX and OPT families can"
+        ) from error
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    difference = (actual - expected).abs().max() / expected.abs().max()
+    if not difference <= tolerance:  # also catches NaN
+        raise ModelUnsupported(
+            f"{name} cannot be served: through the paged cache its logits differ by "
+            f"{difference:.1%} from its own attention, so it keeps state or biases (ALiBi, sinks, "
+            "recurrence) that the engine does not compute"
+        )
+    return shapes
+
+
+def _observe_layers(model: PreTrainedModel, tokens: Tensor) -> list[LayerShape]:
+    """Run the model once with an attention that records the shapes each layer passes to it."""
+    shapes: dict[int, LayerShape] = {}
+    marker = object()
+
+    def record(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: object, **kw: object
+    ) -> tuple[Tensor, None]:
+        if kw.get("plan") is not marker:
+            raise RuntimeError("the attention does not pass on its keyword arguments")
+        if kw.get("s_aux") is not None:
+            raise RuntimeError("attention sinks are not supported")
+        shapes[int(module.layer_idx)] = (key.shape[1], key.shape[3], value.shape[3])  # type: ignore[arg-type]
+        # Only the shapes matter, so any output of the right shape will do.
+        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+    recorder = f"{paged_attention.NAME}_recorder"
+    AttentionInterface.register(recorder, record)
+    model.set_attn_implementation(recorder)
+    with torch.inference_mode():
+        model(input_ids=tokens, use_cache=False, plan=marker)
+    if not shapes:
+        raise RuntimeError("the attention was never called")
+    if sorted(shapes) != list(range(len(shapes))):
+        raise RuntimeError(f"only layers {sorted(shapes)} call the attention")
+    return [shapes[index] for index in range(len(shapes))]
+
+
+def _two_pieces(
+    model: PreTrainedModel, prompt: list[int], page_size: int, shapes: list[LayerShape]
+) -> Tensor:
+    """Last logits ``[vocabulary]`` of a prompt computed as 3 tokens and then the rest."""
+    caches = _make_caches(shapes, 2, page_size, model.dtype, model.device)
+    sequence = TokenSequence(Request("probe", prompt), 0, prompt, max_tokens=1, pages=[1, 0])
+    with torch.inference_mode():
+        for start, stop in ((0, 3), (3, len(prompt))):
+            batch = pack([Segment(sequence, start, stop)], page_size)
+            logits = _forward(model, batch, page_size, caches)
+    return logits[0]
+
+
+def _make_caches(
+    shapes: list[LayerShape], pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerCache]:
+    return [
+        LayerCache(
+            torch.zeros(heads, pages, page_size, key_dim, dtype=dtype, device=device),
+            torch.zeros(heads, pages, page_size, value_dim, dtype=dtype, device=device),
+        )
+        for heads, key_dim, value_dim in shapes
+    ]
