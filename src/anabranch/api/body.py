@@ -84,7 +84,7 @@ def _message(error: ErrorDetails, path: list[str | int], schema: type[BaseModel]
     if kind == "literal_error":
         expected = error["ctx"]["expected"]
         return f"must be {expected}, not {_short(value)}; nothing else is supported by this server"
-    return f"{error['msg'].replace('Input s', 's')}, not {_short(value)}"
+    return f"{error['msg'].replace('Input should', 'must')}, not {_short(value)}"
 
 
 def _path(error: ErrorDetails, body: Any) -> list[str | int]:

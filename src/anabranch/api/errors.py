@@ -15,6 +15,8 @@ from anabranch.errors import AnabranchError, InvalidRequest, ModelNotFound
 
 RETRY_AFTER_SECONDS = {429: "1", 503: "5"}
 
+CUT_OFF = "the server shut down before the answer was finished"
+
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 

@@ -43,7 +43,7 @@ def request_body(schema: type[BaseModel]) -> dict[str, Any]:
 
 def event_stream() -> dict[str, Any]:
     """The second content type of a 200 that may be streamed, as the schema of one event."""
-    text = "A chunk as JSON; `[DONE]` in the last event; `{\"error\": ...}` if it failed on the way."
+    text = "A chunk as JSON; `[DONE]` in the last event; an `error` if it failed on the way."
     data = {"type": "string", "description": text}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {"text/event-stream": {"schema": event}}

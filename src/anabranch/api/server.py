@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import socket
@@ -65,6 +66,13 @@ def serve(
     """
     server = DrainingServer(app, drain_timeout, on_listening)
     host, port = listener.getsockname()[:2]
+
+    def not_twice(record: logging.LogRecord) -> bool:
+        """A model that fails to start is reported by an exception, not also in the log."""
+        return not isinstance(server.service.startup_error, AnabranchError)
+
+    uvicorn_log = logging.getLogger("uvicorn.error")
+    uvicorn_log.addFilter(not_twice)
     try:
         server.run(sockets=[listener])
     except SystemExit:
@@ -75,6 +83,9 @@ def serve(
         if error.errno == errno.EADDRINUSE:  # another server reserved the same port meanwhile
             raise PortInUse(host, port) from error
         raise
+    finally:
+        uvicorn_log.removeFilter(not_twice)
+        listener.close()
     return 1 if server.cut_off else 0
 
 
@@ -101,10 +112,7 @@ class DrainingServer(uvicorn.Server):
         self._drain_timeout = drain_timeout
         self._deadline = float("inf")
         self._on_listening = on_listening
-        # A model that fails to start is reported once, by whoever called serve().
-        logging.getLogger("uvicorn.error").addFilter(
-            lambda record: self.service.startup_error is None
-        )
+        self._announced = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the models, listen, and only then say so."""
@@ -115,6 +123,15 @@ class DrainingServer(uvicorn.Server):
             self._on_listening(
                 f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Cut off what still runs, and let it free its memory, before the models are closed."""
+        tasks = list(self.server_state.tasks)
+        for task in tasks if self.cut_off else ():
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: stop now. (uvicorn would re-raise them at the end.)"""
@@ -129,10 +146,15 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: is the drain over?"""
         late = time.monotonic() >= self._deadline
+        if self.service.draining and self.service.active and not self._announced:
+            self._announced = True
+            message = (
+                "shutting down when %d running requests are done; signal again to cut them off"
+            )
+            logger.warning(message, self.service.active)
         if self.service.draining and (late or not self.service.active):
             self.cut_off = self.service.active
             if self.cut_off:
                 logger.warning("%d requests did not finish in time", self.cut_off)
-                self.config.timeout_graceful_shutdown = 0
             self.should_exit = True
         return await super().on_tick(counter)

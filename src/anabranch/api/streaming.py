@@ -15,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from anabranch.api.answer import Answer
 from anabranch.api.chunks import DONE, Chunks
-from anabranch.api.errors import describe, error_object
-from anabranch.errors import AnabranchError
+from anabranch.api.errors import CUT_OFF, describe, error_object
+from anabranch.errors import AnabranchError, Draining
 from anabranch.models.protocol import FinishReason, TokenLogprob
 
 logger = logging.getLogger("anabranch.api")
@@ -100,6 +100,7 @@ class EventStream(Response):
         self._ping_seconds = ping_seconds
         self._lock = asyncio.Lock()  # a ping must not follow the last byte
         self._last_sent = time.monotonic()
+        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer until it ends or the client leaves."""
@@ -120,16 +121,23 @@ class EventStream(Response):
                     self._answer.timer.aborted()
                     return
                 silence = time.monotonic() - self._last_sent
-                if silence >= self._ping_seconds and not self._lock.locked():
+                idle = self._started and not self._lock.locked()
+                if idle and silence >= self._ping_seconds:
                     await self._send(send, PING)
+        except asyncio.CancelledError:
+            # Only a server that stops without waiting any longer cancels a request.
+            if pump.done() or not self._started:
+                raise
+            await _cancel(pump)
+            await self._send(send, _error_event(*describe(Draining(CUT_OFF))))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await _cancel(pump, gone)
             await self._answer.aclose()
 
     async def _pump(self, send: Send) -> None:
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
-        )
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._started = True
         try:
             async for event in self._events():
                 await self._send(send, event)

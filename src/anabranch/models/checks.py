@@ -133,7 +133,9 @@ def _config(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").is_file():
         raise ModelUnsupported(f"{folder} is an adapter, not a base model: load its base first")
     if ggufs := sorted(folder.glob("*.gguf")):
-        raise ModelNotFound(f"{folder} has no config.json; to load the GGUF file name it: {ggufs[0]}")
+        raise ModelNotFound(
+            f"{folder} has no config.json; to load the GGUF file name it: {ggufs[0]}"
+        )
     if any(folder.glob("*.safetensors")) or any((folder / f).is_file() for f in TOKENIZER_FILES):
         raise ModelCorrupt(f"{path} is missing; copy it from where the model came from")
     raise ModelNotFound(f"{folder} holds no model: there is no config.json in it")

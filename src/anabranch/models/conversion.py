@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from anabranch.errors import ModelCorrupt, ModelError, ModelUnsupported
 from anabranch.models.gguf import GgufHeader
 from anabranch.models.progress import Progress, within
 from anabranch.models.quiet import quiet
-
-_one_at_a_time = threading.Lock()
 
 
 def convert(header: GgufHeader, folder: Path, progress: Progress) -> None:
@@ -35,7 +32,7 @@ def convert(header: GgufHeader, folder: Path, progress: Progress) -> None:
     import transformers
 
     try:
-        with _one_at_a_time, quiet(), _tensors_reported(within(progress, 0.6, 0.9)):
+        with quiet(), _tensors_reported(within(progress, 0.6, 0.9)):
             network, tokenizer = _read(header, getattr(torch, header.dtype), progress)
             progress("writing safetensors", 0.9)
             network.save_pretrained(folder)
@@ -53,7 +50,7 @@ def convert(header: GgufHeader, folder: Path, progress: Progress) -> None:
 def _read(header: GgufHeader, dtype: Any, progress: Progress) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    file = {
+    file: dict[str, Any] = {
         "pretrained_model_name_or_path": str(header.path.parent),
         "gguf_file": header.path.name,
         "local_files_only": True,
@@ -63,13 +60,14 @@ def _read(header: GgufHeader, dtype: Any, progress: Progress) -> tuple[Any, Any]
     tokenizer = AutoTokenizer.from_pretrained(**file)
     tokenizer.model_max_length = header.context_length
     progress("reading the weights", 0.4)
-    network, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         **file,
         config=config,
         dtype=dtype,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
     )
+    network, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelCorrupt(
             f"{header.path} lacks {len(missing)} tensors that its architecture needs: "

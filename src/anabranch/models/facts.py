@@ -107,7 +107,12 @@ def _sample_starts(tensor: Tensor) -> list[int]:
 
 def _parameters(tensors: list[Tensor], config: dict[str, Any]) -> int:
     tied = config.get("tie_word_embeddings") is True
-    return sum(t.elements for t in tensors if not (tied and t.name == "lm_head.weight"))
+    return sum(
+        t.elements
+        for t in tensors
+        # Integers are positions and the like; tied embeddings are one matrix saved twice.
+        if t.dtype in _DTYPES and not (tied and t.name == "lm_head.weight")
+    )
 
 
 def _dtype(tensors: list[Tensor]) -> str:
@@ -131,4 +136,3 @@ def _licence(folder: Path) -> str:
         if key == "license" and value.strip():
             return value.strip().strip("\"'")
     return "unknown"
-

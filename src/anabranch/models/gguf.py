@@ -164,9 +164,7 @@ class _Reader:
                 f"package does not know"
             ) from error
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        return GgufTensor(
-            name, shape, kind.name, offset, math.prod(shape) // block * block_bytes
-        )
+        return GgufTensor(name, shape, kind.name, offset, math.prod(shape) // block * block_bytes)
 
     def _value(self, kind: int) -> Any:
         if kind in _FIXED:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anabranch.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
-from anabranch.models.checks import PICKLES
+from anabranch.errors import ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
+from anabranch.models.checks import PICKLES, check_folder
 from anabranch.models.progress import Progress
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*")
@@ -20,16 +22,22 @@ T = TypeVar("T")
 
 def is_id(name: str) -> bool:
     """Whether this can be a hub id: ``name``, ``org/name``, either with ``@revision``."""
-    return _ID.fullmatch(name) is not None and ".." not in name
+    repository, _ = _split(name)
+    allowed = len(repository) <= 96 and ".." not in name and "--" not in repository
+    return allowed and repository[-1:].isalnum() and _ID.fullmatch(name) is not None
 
 
 def downloaded(name: str) -> Path | None:
-    """The folder of a model that another tool has put into the hub's own cache, if any."""
+    """The folder of a whole model that another tool has put into the hub's own cache, if any."""
     from huggingface_hub import try_to_load_from_cache
 
     repository, revision = _split(name)
     found = try_to_load_from_cache(repository, "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    if not isinstance(found, str):
+        return None
+    with contextlib.suppress(ModelError):  # not whole: it will be fetched
+        return check_folder(Path(found).parent).folder
+    return None
 
 
 def fetch(name: str, folder: Path, progress: Progress) -> str:
@@ -59,10 +67,14 @@ def fetch(name: str, folder: Path, progress: Progress) -> str:
             revision=info.sha,
             local_dir=folder,
             allow_patterns=list(WANTED),
-            ignore_patterns=["*/*"] if not _has_modules(files) else None,
+            # A sentence encoder keeps its pooling in a subfolder; others keep duplicates there.
+            ignore_patterns=None if "modules.json" in files else ["*/*"],
         )
     except Exception as error:
-        raise ModelNotFound(f"downloading {name!r} from the hub failed: {_reason(error)}") from error
+        raise ModelNotFound(
+            f"downloading {name!r} from the hub failed: {_reason(error)}"
+        ) from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's own notes
     for file, size in files.items():
         path = folder / file
         if path.is_file() and size is not None and path.stat().st_size != size:
@@ -92,10 +104,6 @@ def describe(name: str) -> Any:
 def _split(name: str) -> tuple[str, str | None]:
     repository, _, revision = name.partition("@")
     return repository, revision or None
-
-
-def _has_modules(files: dict[str, Any]) -> bool:
-    return "modules.json" in files  # a sentence encoder keeps its pooling in a subfolder
 
 
 def _reason(error: Exception) -> str:

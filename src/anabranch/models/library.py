@@ -27,7 +27,9 @@ def card(name: str) -> ModelCard:
     """
     source = resolve(name)
     if isinstance(source, Hub):
-        raise not_found(name, f"a hub model has a card once it is here: anabranch models pull {name}")
+        raise not_found(
+            name, f"a hub model has a card once it is here: anabranch models pull {name}"
+        )
     return _card(source)
 
 

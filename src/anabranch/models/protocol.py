@@ -152,11 +152,11 @@ class Model(ABC):
 
     async def start(self) -> None:
         """Begin to serve. Called once, before the first request."""
-        return None
+        return
 
     async def close(self) -> None:
         """Abort what runs and release memory and threads."""
-        return None
+        return
 
     def statistics(self) -> ModelStatistics:
         """Load and totals, for metrics."""

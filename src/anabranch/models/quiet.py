@@ -1,4 +1,4 @@
-"""Keeps transformers from writing progress bars and advice to the terminal."""
+"""The one door to transformers' loaders: one thread at a time, and nothing on the terminal."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-_lock = threading.Lock()
-_inside = 0
-_before: tuple[int, bool] = (0, False)
+_one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -16,22 +14,18 @@ def quiet() -> Iterator[None]:
     """Silence transformers inside the block; afterwards its settings are as they were.
 
     What it would have warned about (missing or mismatched tensors) must be checked by the caller.
+    The block also excludes other threads: ``from_pretrained`` swaps methods of shared classes
+    while it runs, and two at once leave them swapped (tied embeddings then count as missing).
     """
     from transformers.utils import logging
 
-    global _inside, _before
-    with _lock:  # loads in several threads: the first one saves, the last one restores
-        _inside += 1
-        if _inside == 1:
-            _before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                logging.set_verbosity(_before[0])
-                if _before[1]:
-                    logging.enable_progress_bar()
+    with _one_at_a_time:
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()

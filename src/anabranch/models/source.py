@@ -1,4 +1,4 @@
-"""From a name to the place where the model is. Nothing is read, converted or fetched here."""
+"""From a name to the place where the model is. Nothing is loaded, converted or fetched here."""
 
 from __future__ import annotations
 
@@ -60,13 +60,12 @@ def resolve(name: str) -> Source:
         raise ConfigurationError(f"{name!r} is not a model's name")
     if package := packaged.find(name):
         return _packaged(package)
-    path = Path(name).expanduser()
-    if path.exists():
+    if (path := _existing(name)) is not None:
         return _local(path)
     if found := cache.named(name):
         return _cached(name, found)
     if not hub.is_id(name) or _looks_like_path(name):
-        raise not_found(name, "it is not in the cache either")
+        raise not_found(name, "not a hub id (org/name)")
     if folder := hub.downloaded(name):
         return Folder(name, folder, f"hub {name.partition('@')[0]} @{folder.name}")
     return Hub(name, cache.Entry(cache.slug(name)))
@@ -80,8 +79,8 @@ def not_found(name: str, why: str) -> ModelNotFound:
         siblings = (str(path.parent / p.name) for p in path.parent.iterdir())
     hint = did_you_mean(name, [*local_names(), *siblings])
     return ModelNotFound(
-        f"there is no model {name!r}{hint}: not a file or folder here, not in the cache, and {why}; "
-        f"models here: {', '.join(local_names()) or 'none'}"
+        f"there is no model {name!r}{hint}: not a file or folder here, not in the cache, "
+        f"and {why}; models here: {', '.join(local_names()) or 'none'}"
     )
 
 
@@ -131,6 +130,14 @@ def _cached(name: str, found: list[cache.Entry]) -> Source:
     # Through its source, so that a changed file or a damaged copy is converted again.
     source = _local(Path(record.source.path))
     return source if isinstance(source, Gguf) and source.entry == entry else Cached(name, entry)
+
+
+def _existing(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):
+        return None  # too long for a path, or a home folder of nobody
 
 
 def _slugs(found: list[cache.Entry]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -10,8 +11,9 @@ import uuid
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anabranch.api.errors import error_response
+from anabranch.api.errors import CUT_OFF, error_response
 from anabranch.api.service import Service
+from anabranch.errors import Draining
 
 logger = logging.getLogger("anabranch.api")
 
@@ -56,6 +58,12 @@ class RequestContext:
         self._service.active += 1
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # Only a server that stops without waiting any longer cancels a request.
+            if status:
+                raise
+            response = error_response(Draining.status, CUT_OFF, code=Draining.code)
+            await response(scope, receive, send_with_id)
         except Exception:
             logger.exception("request %s failed", request_id)
             if status:

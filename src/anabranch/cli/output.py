@@ -1,0 +1,86 @@
+"""Where the commands print, and how numbers are shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+# Names and messages may contain brackets: nothing is read as markup.
+out = Console(markup=False, highlight=False, soft_wrap=True)
+errors = Console(markup=False, highlight=False, soft_wrap=True, stderr=True)
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
+_UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
+
+
+def show_error(error: Exception) -> None:
+    """``error: message`` on standard error."""
+    errors.print("error:", style="bold red", end=" ")
+    errors.print(str(error))
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output, for programs."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def bytes_text(count: int) -> str:
+    """``"1.5 GiB"``."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def count_text(count: int) -> str:
+    """``"135 M"``, as parameters are counted."""
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return str(count)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in ``"2GiB"``, ``"512MB"`` or ``"1000000"``; a usage error for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text, re.ASCII)
+    if match is None or match[2].lower() not in _UNITS:
+        raise typer.BadParameter(f"{text!r} is not a size; write for example 2GiB, 512MB or 65536")
+    size = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is less than a byte")
+    return size
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, float | None], None]]:
+    """Shows ``report(message, fraction)``: a bar on a terminal, else one line a message."""
+    if not errors.is_terminal:
+        last = ""
+
+        def report_line(message: str, fraction: float | None) -> None:
+            nonlocal last
+            if message != last:
+                errors.print(message)
+                last = message
+
+        yield report_line
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn())
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def report_bar(message: str, fraction: float | None) -> None:
+            total = None if fraction is None else 1.0
+            bar.update(task, description=message, total=total, completed=fraction or 0.0)
+
+        yield report_bar

@@ -1,0 +1,196 @@
+"""``anabranch up``: load a model and serve it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.panel import Panel
+from rich.text import Text
+
+from anabranch.cli.output import bytes_text, count_text, errors, out, parse_bytes, progress
+from anabranch.models.packaged import DEFAULT
+
+if TYPE_CHECKING:
+    from anabranch.models.protocol import Model
+
+OPEN_WARNING = "warning: whoever reaches this address can use it; see --api-key-file"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _env(name: str) -> str:
+    return f"ANABRANCH_{name.upper()}"
+
+
+def _log_level(value: str) -> str:
+    if value.lower() not in LOG_LEVELS:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(LOG_LEVELS)}")
+    return value.lower()
+
+
+def up(
+    model: Annotated[
+        str,
+        typer.Option(envvar=_env("model"), help="A name, a folder, a GGUF file or a hub id."),
+    ] = DEFAULT,
+    name: Annotated[
+        str | None, typer.Option(envvar=_env("name"), help="The name that clients use.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(envvar=_env("host"), help="0.0.0.0 to be reached from elsewhere.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(envvar=_env("port"), min=0, max=65535, help="0: any free one.")
+    ] = 8000,
+    dtype: Annotated[
+        str | None, typer.Option(envvar=_env("dtype"), help="float32, bfloat16 or float16.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(envvar=_env("max_model_len"), min=1, help="Tokens of context.")
+    ] = None,
+    token_budget: Annotated[
+        int | None, typer.Option(envvar=_env("token_budget"), min=1, help="Tokens of one step.")
+    ] = None,
+    kv_memory: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("kv_memory"),
+            parser=parse_bytes,
+            metavar="SIZE",
+            help="Memory for keys and values: 2GiB, 512MB or bytes.",
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(envvar=_env("max_queue"), min=1, help="Requests that may wait.")
+    ] = 1024,
+    max_sequences: Annotated[
+        int, typer.Option(envvar=_env("max_sequences"), min=1, help="Sequences of one step.")
+    ] = 256,
+    policy: Annotated[
+        str, typer.Option(envvar=_env("policy"), help="See: anabranch list policies.")
+    ] = "splitfuse",
+    page_size: Annotated[
+        int, typer.Option(envvar=_env("page_size"), min=1, help="Tokens of one cache page.")
+    ] = 32,
+    no_prefix_reuse: Annotated[
+        bool,
+        typer.Option(
+            "--no-prefix-reuse",
+            envvar=_env("no_prefix_reuse"),
+            help="Compute shared prompt beginnings again.",
+        ),
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(envvar=_env("threads"), min=1, help="CPU threads.")
+    ] = None,
+    embedding_model: Annotated[
+        str | None,
+        typer.Option(envvar=_env("embedding_model"), help="A sentence encoder to serve as well."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(envvar=_env("api_key_file"), help="One key a line; # begins a comment."),
+    ] = None,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(envvar=_env("drain_timeout"), min=0, help="Seconds to finish on SIGTERM."),
+    ] = 30.0,
+    log_level: Annotated[
+        str,
+        typer.Option(envvar=_env("log_level"), callback=_log_level, help=", ".join(LOG_LEVELS)),
+    ] = "warning",
+) -> None:
+    """Serve a model over HTTP, for any OpenAI client.
+
+    Every option can also be set as an environment variable.
+    """
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    # What can be wrong cheaply is found before the model is loaded.
+    from anabranch.api import ServerOptions, bind, create_app, read_api_keys, serve
+
+    keys = read_api_keys(api_key_file) if api_key_file else ()
+    listener = bind(host, port)
+    with progress() as report:
+        report("importing torch", None)
+        import torch
+
+        from anabranch import models
+        from anabranch.registry import get
+        from anabranch.serving import EngineModel, EngineOptions
+
+        get("policies", policy)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        options = EngineOptions(
+            token_budget=token_budget,
+            max_model_len=max_model_len,
+            kv_memory=kv_memory,
+            max_sequences=max_sequences,
+            max_queue=max_queue,
+            policy=policy,
+            page_size=page_size,
+            prefix_reuse=not no_prefix_reuse,
+        )
+        served: list[Model] = [
+            EngineModel.load(model, served_name=name, options=options, dtype=dtype, progress=report)
+        ]
+        if embedding_model is not None:
+            report(f"loading {embedding_model}", None)
+            served.append(models.load_encoder(embedding_model))
+    app = create_app(served, ServerOptions(api_keys=keys))
+
+    def on_listening(url: str) -> None:
+        announce(served, url, needs_key=bool(keys))
+
+    status = serve(app, listener, drain_timeout=drain_timeout, on_listening=on_listening)
+    raise typer.Exit(status)
+
+
+def announce(served: list[Model], url: str, needs_key: bool) -> None:
+    """Say what is served, where, and how to try it: a panel on a terminal, else plain lines."""
+    lines = []
+    for model in served:
+        card = model.card
+        facts = [
+            f"{count_text(card.parameters)} parameters",
+            card.dtype,
+            f"context {card.context_length}",
+            card.licence,
+        ]
+        lines.append(f"model    {model.name} ({', '.join(facts)})")
+        memory = getattr(model, "kv_memory", None)
+        if memory is not None:
+            lines.append(f"memory   {bytes_text(memory)} for keys and values")
+    lines.append(f"address  {url}/v1")
+    text = "\n".join(lines)
+    if out.is_terminal:
+        panel = Panel(Text(text), title="anabranch is listening", expand=False)
+        out.print(panel, soft_wrap=False)
+    else:
+        out.print(f"listening on {url}\n{text}")
+    # Outside the panel: its border would be copied along.
+    out.print(curl(served[0].name, _local(url), needs_key))
+    if not needs_key and not url.startswith(("http://127.", "http://[::1]")):
+        errors.print(OPEN_WARNING)
+    sys.stdout.flush()
+
+
+def _local(url: str) -> str:
+    """An address that this machine can connect to, for one that means all its addresses."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+def curl(model: str, url: str, needs_key: bool) -> str:
+    """A command that asks the server something, to be pasted into a shell."""
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
+    key = '  -H "authorization: Bearer $KEY" \\\n' if needs_key else ""
+    return (
+        f"curl {url}/v1/chat/completions \\\n{key}"
+        f"  -H 'content-type: application/json' \\\n"
+        f"  -d {shlex.quote(json.dumps(body))}"
+    )

@@ -1,0 +1,25 @@
+"""Fixtures that several folders share: tiny random models, and the real default one."""
+
+from __future__ import annotations
+
+import os
+
+# Two test processes, or a server beside a test, must not spin on each other's cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from anabranch import models
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> models.LoadedModel:
+    """The default model in single precision, never handed to an engine."""
+    return models.load(models.DEFAULT, dtype="float32")
