@@ -50,7 +50,7 @@ class UnknownName(AnabranchError):
         known = sorted(known)
         hint = did_you_mean(name, known)
         listing = ", ".join(known) if known else "none"
-        super().__init__(f"unknown {kind} {name!r}{hint}; known: {listing}")
+        super().__init__(f"no {kind} named {name!r}{hint}; known: {listing}")
         self.name = name
 
 

@@ -158,7 +158,7 @@ def announce(served: list[Model], url: str, needs_key: bool) -> None:
         card = model.card
         facts = [
             f"{count_text(card.parameters)} parameters",
-            card.dtype,
+            computed_in(model),
             f"context {card.context_length}",
             card.licence,
         ]
@@ -178,6 +178,13 @@ def announce(served: list[Model], url: str, needs_key: bool) -> None:
     if not needs_key and not url.startswith(("http://127.", "http://[::1]")):
         errors.print(OPEN_WARNING)
     sys.stdout.flush()
+
+
+def computed_in(model: Model) -> str:
+    """The stored number format, and the one that this machine computes in if it is another."""
+    stored = model.card.dtype
+    actual = getattr(model, "dtype", stored)
+    return stored if actual == stored else f"{stored} computed in {actual}"
 
 
 def _local(url: str) -> str:

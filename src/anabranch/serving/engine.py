@@ -31,6 +31,9 @@ from anabranch.serving.sequence import Request, Segment, Sequence
 
 logger = logging.getLogger(__name__)
 
+FAILED = "this request could not be computed; the server's log says why"
+NOT_FINITE = "the model computed values that are not finite for this request"
+
 
 @dataclass(frozen=True)
 class StepOutput:
@@ -65,6 +68,7 @@ class Engine:
         pages = options.resolved_pages(runner.page_bytes, wanted, device)
         runner.allocate(pages)
         self.options = options
+        self.kv_memory = pages * runner.page_bytes
         self.cost_model = CostModel()
         self.cache = KVCacheManager(pages, options.page_size, options.prefix_reuse)
         self.max_context = min(wanted, self.cache.capacity)
@@ -137,10 +141,10 @@ class Engine:
             sequence.finish_reason = sequence.finish_reason or "abort"
             self.scheduler.remove(sequence)
 
-    def abort_all(self, message: str) -> list[StepOutput]:
-        """Give up every request, telling each choice why."""
+    def abort_all(self) -> list[StepOutput]:
+        """Give up every request, telling each choice."""
         outputs = [
-            StepOutput(name, OutputDelta(choice.index, finish_reason="error", error=message))
+            StepOutput(name, OutputDelta(choice.index, finish_reason="error", error=FAILED))
             for name, choices in self._requests.items()
             for choice in choices
             if choice.finish_reason is None
@@ -191,7 +195,7 @@ class Engine:
         rows, ready = self._sampling_rows(plan)
         for sequence, sampled in zip(ready, sample(result.logits[rows], ready), strict=True):
             if sampled is None:
-                outputs += self._fail(sequence, "the model computed values that are not finite")
+                outputs += self._fail(sequence, NOT_FINITE)
             else:
                 outputs.append(self._append(sequence, sampled))
 
@@ -224,11 +228,10 @@ class Engine:
         """Run a plan; if it raises, run its segments one by one to find out whose fault it is."""
         try:
             return plan, self._runner.execute(plan), []
-        except Exception as error:
+        except Exception:
             if len(plan.segments) == 1:
                 logger.exception("a request failed")
-                sequence = plan.segments[0].sequence
-                return plan, None, self._fail(sequence, f"{type(error).__name__}: {error}")
+                return plan, None, self._fail(plan.segments[0].sequence, FAILED)
             logger.warning("a step of %d segments failed; running them alone", len(plan.segments))
 
         survivors: list[Segment] = []
@@ -281,7 +284,7 @@ class Engine:
             return []
         mean = sequence.pooled / sequence.prompt_length
         if not torch.isfinite(mean).all():
-            return self._fail(sequence, "the model computed values that are not finite")
+            return self._fail(sequence, NOT_FINITE)
         sequence.finish_reason = "stop"
         delta = OutputDelta(sequence.index, finish_reason="stop")
         return [StepOutput(sequence.request.id, delta, embedding=mean)]

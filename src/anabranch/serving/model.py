@@ -21,6 +21,7 @@ import torch
 from anabranch import models
 from anabranch.errors import Draining, InvalidRequest, QueueFull, RequestFailed, RequestTooLong
 from anabranch.models.card import ModelCard
+from anabranch.models.dtype import fastest_dtype
 from anabranch.models.protocol import (
     Embedding,
     Message,
@@ -47,6 +48,7 @@ class EngineModel(Model):
         self.name = name
         self.card = card
         self.engine = engine
+        self.dtype = card.dtype
         self._tokenizer = tokenizer
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -64,8 +66,15 @@ class EngineModel(Model):
         device: str | None = None,
         progress: Progress | None = None,
     ) -> EngineModel:
-        """Load a base model by any name that :func:`anabranch.models.load` knows."""
-        loaded = models.load(name, dtype=dtype, device=device, progress=progress)
+        """Load a base model by any name that :func:`anabranch.models.load` knows.
+
+        ``dtype`` None is the type that this machine computes fastest, ``device`` None the GPU if
+        there is one.
+        """
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None:
+            dtype = fastest_dtype(models.card(name), target)
+        loaded = models.load(name, dtype=dtype, device=target, progress=progress)
         return cls.from_loaded(loaded, options=options, served_name=served_name)
 
     @classmethod
@@ -86,7 +95,14 @@ class EngineModel(Model):
             options=options,
             device=loaded.network.device,
         )
-        return cls(served_name or loaded.name, loaded.card, loaded.tokenizer, engine)
+        model = cls(served_name or loaded.name, loaded.card, loaded.tokenizer, engine)
+        model.dtype = str(loaded.network.dtype).removeprefix("torch.")
+        return model
+
+    @property
+    def kv_memory(self) -> int:
+        """Bytes of the key/value cache."""
+        return self.engine.kv_memory
 
     async def start(self) -> None:
         """Start the engine's thread."""
@@ -201,9 +217,9 @@ class EngineModel(Model):
         while self._take_commands():
             try:
                 outputs = self.engine.step()
-            except Exception as error:  # a defect of ours must not take the server down
+            except Exception:  # a defect of ours must not take the server down
                 logger.exception("a step failed; its requests are given up")
-                outputs = self.engine.abort_all(f"{type(error).__name__}: {error}")
+                outputs = self.engine.abort_all()
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(self._deliver, outputs)
 
