@@ -5,15 +5,13 @@ Belongs here: options, prompts and how results are shown. What the commands do l
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from anabranch import __version__
-from anabranch.cli import chat, models, registry, serve
+from anabranch.cli import chat, claims, models, registry, serve
 from anabranch.cli.output import show_error
 from anabranch.errors import AnabranchError
 
@@ -46,8 +44,7 @@ app.command("up")(serve.up)
 app.command("chat")(chat.chat)
 app.add_typer(models.app, name="models")
 app.command("list")(registry.list_)
-if importlib.util.find_spec("anabranch.cli.claims"):
-    app.add_typer(importlib.import_module("anabranch.cli.claims").app, name="claims")
+app.add_typer(claims.app, name="claims")
 
 
 def _version(wanted: bool) -> None:

@@ -27,9 +27,9 @@ def show_error(error: Exception) -> None:
     errors.print(str(error))
 
 
-def print_json(value: Any) -> None:
+def print_json(value: Any, indent: int | None = 2) -> None:
     """One JSON document on standard output, for programs."""
-    typer.echo(json.dumps(value, indent=2))
+    typer.echo(json.dumps(value, indent=indent))
 
 
 def bytes_text(count: int) -> str:

@@ -5,7 +5,7 @@ target, what a plan will take, and what time it is in a simulation.
 
     seconds = fixed + per_token * tokens + per_context * context
 
-The form is SmartSpec's (Liu et al. 2024, section 4.2): weights are read once per step, every
+The form is SmartSpec's (Liu et al. 2024): weights are read once per step, every
 token costs compute, and every context token costs a read of the cache.
 """
 
@@ -69,10 +69,19 @@ class CostModel:
             # One stalled step, say a page-out, must not move every later decision.
             ratio = min(max(ratio, self.correction / 4), self.correction * 4)
             self.correction += CORRECTION_RATE * (ratio - self.correction)
-        self._observed.append((tokens, context, seconds))
+        self.record(tokens, context, seconds)
         self._unfitted += 1
         if self._unfitted >= REFIT_EVERY:
             self.fit()
+
+    @property
+    def observations(self) -> tuple[tuple[int, int, float], ...]:
+        """Tokens, context tokens and seconds of the latest steps."""
+        return tuple(self._observed)
+
+    def record(self, tokens: int, context: int, seconds: float) -> None:
+        """Keep a step for the next :meth:`fit`, without acting on it now."""
+        self._observed.append((tokens, context, seconds))
 
     def fit(self) -> None:
         """Least squares of the relative error over the observed steps, coefficients >= 0."""

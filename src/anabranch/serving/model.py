@@ -53,6 +53,8 @@ class EngineModel(Model):
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running: dict[str, EngineGeneration] = {}
+        self._num_sent = 0  # requests, counted by the event loop
+        self._num_taken = 0  # the same requests, counted by the engine's thread
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -169,7 +171,7 @@ class EngineModel(Model):
             raise Draining("the model is not running")
         request = Request(uuid.uuid4().hex, prompt, sampling, pooling)
         self.engine.check(request)
-        waiting = self._inbox.qsize() + self.engine.scheduler.num_waiting
+        waiting = self._num_sent - self._num_taken + self.engine.scheduler.num_waiting
         if waiting >= self.engine.options.max_queue:
             raise QueueFull(
                 f"{waiting} requests wait already and the queue holds "
@@ -177,7 +179,8 @@ class EngineModel(Model):
             )
         generation = EngineGeneration(self, request)
         self._running[request.id] = generation
-        self._inbox.put(lambda: self.engine.add(request))
+        self._num_sent += 1
+        self._inbox.put(lambda: self._add(request))
         return generation
 
     async def _tokenize(self, text: str | Sequence[int], field: str) -> Sequence[int]:
@@ -213,6 +216,10 @@ class EngineModel(Model):
 
     # The methods below run on the engine's thread.
 
+    def _add(self, request: Request) -> None:
+        self.engine.add(request)
+        self._num_taken += 1
+
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._take_commands():
             try:
@@ -244,15 +251,15 @@ class EngineGeneration:
         self.cached_tokens = 0
         self._model = model
         self._unfinished = set(range(request.sampling.n))
+        self._unread = request.sampling.n  # choices whose end was not yet handed out
         self._deltas: asyncio.Queue[OutputDelta] = asyncio.Queue()
         self._embedding: torch.Tensor | None = None
 
     async def __aiter__(self) -> AsyncIterator[OutputDelta]:
-        unfinished = set(self._unfinished)
-        while unfinished:
+        while self._unread:
             delta = await self._deltas.get()
             if delta.finish_reason is not None:
-                unfinished.discard(delta.index)
+                self._unread -= 1
             yield delta
 
     async def vector(self) -> list[float]:

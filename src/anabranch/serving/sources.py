@@ -102,7 +102,7 @@ def even_chunk(pending: int, budget: int) -> int:
     """First of ``ceil(pending / budget)`` chunks of nearly equal size.
 
     Throughput is concave in the tokens per pass, so equal passes are the fastest split when no
-    other prompt can fill the last one (FastGen, section 3.1).
+    other prompt can fill the last one (DeepSpeed-FastGen, the insights behind Dynamic SplitFuse).
     """
     chunks = -(-pending // budget)
     return -(-pending // chunks)

@@ -1,4 +1,4 @@
-"""Iteration-level scheduling with whole prompts, as in Orca (OSDI'22, section 3)."""
+"""Iteration-level scheduling with whole prompts, as in Orca (Yu et al., OSDI'22)."""
 
 from __future__ import annotations
 

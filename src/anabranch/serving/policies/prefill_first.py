@@ -1,4 +1,4 @@
-"""Prefill before decode, as vLLM scheduled in 2023 (SOSP'23, section 4.3)."""
+"""Prefill before decode, as vLLM scheduled in 2023 (Kwon et al., SOSP'23)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dynamic SplitFuse (DeepSpeed-FastGen, section 3.2)."""
+"""Dynamic SplitFuse (Holmes et al. 2024, DeepSpeed-FastGen)."""
 
 from __future__ import annotations
 

@@ -170,8 +170,9 @@ def _two_pieces(
     model: PreTrainedModel, prompt: list[int], page_size: int, shapes: list[LayerShape]
 ) -> Tensor:
     """Last logits ``[vocabulary]`` of a prompt computed as 3 tokens and then the rest."""
-    caches = _make_caches(shapes, 2, page_size, model.dtype, model.device)
-    sequence = TokenSequence(Request("probe", prompt), 0, prompt, max_tokens=1, pages=[1, 0])
+    pages = list(reversed(range(-(-len(prompt) // page_size))))
+    caches = _make_caches(shapes, len(pages), page_size, model.dtype, model.device)
+    sequence = TokenSequence(Request("probe", prompt), 0, prompt, max_tokens=1, pages=pages)
     with torch.inference_mode():
         for start, stop in ((0, 3), (3, len(prompt))):
             batch = pack([Segment(sequence, start, stop)], page_size)
