@@ -25,11 +25,11 @@ def make_sequence(
     return Sequence(request, index, [*prompt, *output], max_tokens)
 
 
-class Fixed:
-    """Stands in for a sequence's generator: always the same uniform number."""
+class Scripted:
+    """Stands in for a sequence's generator: returns these uniform numbers in turn."""
 
-    def __init__(self, uniform: float) -> None:
-        self._uniform = uniform
+    def __init__(self, uniforms: Iterable[float]) -> None:
+        self._uniforms = iter(uniforms)
 
     def random(self) -> float:
-        return self._uniform
+        return next(self._uniforms)

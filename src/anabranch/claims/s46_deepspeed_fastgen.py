@@ -23,7 +23,6 @@ from anabranch.evaluation import (
     replay,
     times_between_tokens,
 )
-from anabranch.models.dtype import fastest_dtype
 from anabranch.models.progress import Progress
 from anabranch.models.protocol import SamplingParameters
 from anabranch.planning import CostModel
@@ -41,6 +40,12 @@ STEP_SIZES = (1, 8, 32, 64, 128, 256, 512)
 BASELINE_BUDGETS = (1, 512, 2048)
 """Prompt tokens that the baseline may put in one step; 1 means one prompt at a time. It gets the
 best of them in each metric."""
+PROMPT_SHARE = 0.115
+PAPER_STREAM_SPEED = 28.6
+"""See :class:`Targets`."""
+
+Replays = Sequence[Sequence[RequestTimes]]
+"""What the clients of several replayed traces saw."""
 
 
 class DeepSpeedFastGen(Claim):
@@ -62,33 +67,38 @@ class DeepSpeedFastGen(Claim):
         cost = bench.measure_cost()
         budget = cost.saturating_tokens(0.85)
         rate = LOAD * saturation(cost, budget)
-        targets = Targets(cost, budget)
 
         progress("replaying traces on measured time", 0.3)
         seeds = tuple(range(seed, seed + TRACES))
         traces = [poisson_trace(s, REQUESTS, rate, PROMPT, OUTPUT) for s in seeds]
-        method = simulate(cost, "splitfuse", budget, traces, targets)
-        baselines = [simulate(cost, "prefill_first", b, traces, targets) for b in BASELINE_BUDGETS]
-        baseline = {
-            "p95_seconds_between_tokens": min(b["p95_seconds_between_tokens"] for b in baselines),
-            "effective_requests_per_second": max(
-                b["effective_requests_per_second"] for b in baselines
-            ),
-        }
-        latency = method["p95_seconds_between_tokens"] / baseline["p95_seconds_between_tokens"]
-        throughput = (
-            method["effective_requests_per_second"] / baseline["effective_requests_per_second"]
-            if baseline["effective_requests_per_second"]
-            else float("inf")
-        )
+        method = simulate(cost, "splitfuse", budget, traces)
+        baselines = [simulate(cost, "prefill_first", b, traces) for b in BASELINE_BUDGETS]
+
+        def throughput_ratio(targets: Targets) -> float:
+            best = max(targets.effective_throughput(baseline) for baseline in baselines)
+            return targets.effective_throughput(method) / best if best else float("inf")
+
+        gap = tail_gap(method)
+        baseline_gap = min(map(tail_gap, baselines))
+        throughput = throughput_ratio(Targets(cost))
 
         progress("replaying one trace on the model", 0.4)
         wall, same = bench.replay_both(traces[0], budget)
         figures = {
-            "p95_time_between_tokens_ratio": round(latency, 3),
+            "p95_time_between_tokens_ratio": round(gap / baseline_gap, 3),
             "effective_throughput_ratio": round(throughput, 3),
-            "splitfuse": rounded(method),
-            "prefill_first_best": rounded(baseline),
+            "p95_seconds_between_tokens": {
+                "splitfuse": round(gap, 4),
+                "prefill_first_best": round(baseline_gap, 4),
+            },
+            "effective_throughput_ratio_by_target": {
+                f"first token at {share:g} of the prefill rate, stream at {speed:g} tok/s": round(
+                    throughput_ratio(Targets(cost, share, speed)), 3
+                )
+                for share in (PROMPT_SHARE, 0.25, 0.5)
+                for speed in (2.0, 4.0, 6.0)
+            },
+            "ratios_by_budget_and_load": curve(cost, seeds[:3]),
             "wall_time_one_trace": wall,
             "greedy_outputs_identical": same,
             "token_budget": budget,
@@ -98,36 +108,46 @@ class DeepSpeedFastGen(Claim):
                 "per_token": round(cost.per_token * 1e3, 3),
                 "per_context_token": round(cost.per_context * 1e3, 5),
             },
-            "p95_seconds_between_tokens_by_budget_and_load": curve(cost, targets, seeds[:3]),
         }
         return Measurement(
             figures=figures,
-            holds=latency <= 0.65 and throughput >= 1.15 and same,
+            holds=gap / baseline_gap <= 0.65 and throughput >= 1.15 and same,
             seeds=seeds,
-            note="Verdict on measured step time; wall time depends on what else the machine does.",
+            note="The verdict is on measured step time; wall time shares this machine with others. "
+            "Stream targets (2, 4, 6 tok/s) are the paper's and mean the same share of a lone "
+            "stream's speed here as there.",
         )
 
 
 class Targets:
-    """What counts as served well, scaled to this machine.
+    """What counts as served well: the paper's targets, scaled from its machine to this one.
 
-    The first token within ``prompt / rate`` seconds at half the saturated prefill rate, as the
-    paper's 512 tokens per second were to its GPUs; a stream never slower than a third of the speed
-    of full steps.
+    The paper asks for the first token within prompt / 512 seconds and for 2, 4 or 6 tokens per
+    second, of Llama-2-70B on four A100-80GB. Half of their 4 x 312 TFLOP/s prefill 4,460 tokens
+    per second (2 FLOP a weight), half of their 4 x 2.0 TB/s decode 28.6 tokens per second: the
+    targets are 0.115 of the one and 0.07, 0.14 or 0.21 of the other. A larger ``prompt_share``
+    leaves less time for the first token.
     """
 
-    def __init__(self, cost: CostModel, budget: int) -> None:
-        self.prompt_rate = 0.5 / cost.per_token
-        self.token_rate = 1.0 / (3.0 * cost.predict(budget, 0))
+    def __init__(
+        self, cost: CostModel, prompt_share: float = PROMPT_SHARE, stream_speed: float = 4.0
+    ) -> None:
+        self.prompt_rate = prompt_share / cost.per_token
+        self.token_rate = stream_speed / PAPER_STREAM_SPEED / cost.predict(1, int(PROMPT[0]))
+
+    def effective_throughput(self, replays: Replays) -> float:
+        """Mean requests per second that met both targets."""
+        rates = [effective_throughput(r, self.prompt_rate, self.token_rate) for r in replays]
+        return float(np.mean(rates))
 
 
 class Bench:
     """The default model, and engines of either policy on it."""
 
     def __init__(self) -> None:
-        card = models.card(models.DEFAULT)
-        loaded = models.load(models.DEFAULT, dtype=fastest_dtype(card, _cpu()))
-        self._runner = TransformersRunner(loaded.network, card.context_length)
+        # Single precision: the outputs of both policies can be compared token by token.
+        loaded = models.load(models.DEFAULT, dtype="float32", device="cpu")
+        self._runner = TransformersRunner(loaded.network, loaded.card.context_length)
         self._vocabulary = self._runner.vocabulary
 
     def engine(self, policy: str, budget: int) -> Engine:
@@ -179,14 +199,10 @@ class Bench:
 
 
 def simulate(
-    cost: CostModel,
-    policy: str,
-    budget: int,
-    traces: Sequence[Sequence[Arrival]],
-    targets: Targets,
-) -> dict[str, float]:
-    """Means over traces replayed through the real scheduler on predicted time."""
-    rows = []
+    cost: CostModel, policy: str, budget: int, traces: Sequence[Sequence[Arrival]]
+) -> Replays:
+    """Replay traces through the real scheduler on predicted time."""
+    replays = []
     for trace in traces:
         clock = VirtualClock()
         engine = Engine(
@@ -196,34 +212,34 @@ def simulate(
             ),
             clock=clock,
         )
-        times = replay(engine, trace, clock, lambda _, arrival: [0] * arrival.prompt_tokens)
-        rows.append(
-            (
-                percentile(times_between_tokens(times), 95),
-                effective_throughput(times, targets.prompt_rate, targets.token_rate),
-                first_token(times, 95),
-            )
-        )
-    gap, effective, first = np.mean(rows, axis=0)
-    return {
-        "p95_seconds_between_tokens": float(gap),
-        "effective_requests_per_second": float(effective),
-        "p95_seconds_to_first_token": float(first),
-    }
+        replays.append(replay(engine, trace, clock, lambda _, a: [0] * a.prompt_tokens))
+    return replays
 
 
-def curve(cost: CostModel, targets: Targets, seeds: Sequence[int]) -> dict[str, Any]:
-    """Both policies at other budgets and loads, where the budget is too small included."""
+def curve(cost: CostModel, seeds: Sequence[int]) -> dict[str, Any]:
+    """Splitfuse over prefill-first at equal budgets, including budgets that are too small."""
     result: dict[str, Any] = {}
+    targets = Targets(cost)
     for budget in (64, 128, 256, 512):
         for load in (0.5, 0.75, 1.1):
             rate = load * saturation(cost, cost.saturating_tokens(0.85))
             traces = [poisson_trace(s, REQUESTS, rate, PROMPT, OUTPUT) for s in seeds]
+            method, baseline = (
+                simulate(cost, policy, budget, traces) for policy in ("splitfuse", "prefill_first")
+            )
+            served = targets.effective_throughput(baseline)
             result[f"budget {budget}, load {load:g}"] = {
-                policy: rounded(simulate(cost, policy, budget, traces, targets))
-                for policy in ("splitfuse", "prefill_first")
+                "p95_time_between_tokens": round(tail_gap(method) / tail_gap(baseline), 3),
+                "effective_throughput": round(
+                    targets.effective_throughput(method) / served if served else float("inf"), 3
+                ),
             }
     return result
+
+
+def tail_gap(replays: Replays) -> float:
+    """95th percentile of the time between tokens in seconds, mean over the replays."""
+    return float(np.mean([percentile(times_between_tokens(times), 95) for times in replays]))
 
 
 def saturation(cost: CostModel, budget: int) -> float:
@@ -235,14 +251,3 @@ def saturation(cost: CostModel, budget: int) -> float:
 def first_token(times: Sequence[RequestTimes], percent: float) -> float:
     """A percentile of the time to the first token, in seconds."""
     return percentile(np.array([seen.first_token for seen in times]), percent)
-
-
-def rounded(figures: dict[str, float]) -> dict[str, float]:
-    """Four digits are more than the measurement has."""
-    return {name: round(value, 4) for name, value in figures.items()}
-
-
-def _cpu() -> Any:
-    import torch
-
-    return torch.device("cpu")

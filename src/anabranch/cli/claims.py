@@ -78,7 +78,8 @@ def show_figures(figures: Mapping[str, Any], indent: int) -> None:
     """Nested figures as indented lines."""
     for name, value in figures.items():
         label = " " * indent + name.replace("_", " ")
-        if isinstance(value, Mapping) and any(isinstance(v, Mapping) for v in value.values()):
+        nested = isinstance(value, Mapping) and any(isinstance(v, Mapping) for v in value.values())
+        if nested or (isinstance(value, Mapping) and len(value) > 4):
             out.print(label)
             show_figures(value, indent + 2)
         elif isinstance(value, Mapping):

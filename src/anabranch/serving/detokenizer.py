@@ -11,9 +11,10 @@ from typing import Any
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_INCOMPLETE = 8
-"""Tokens after which bytes that form no character are released as they are. A character of
-UTF-8 has at most 4 bytes; without a bound a stream of invalid bytes would be decoded again and
-again from its start."""
+"""Tokens after which text is released even if it seems to end within a character. Without a bound
+a stream of invalid bytes would be decoded again and again from its start."""
+MAX_PARTIAL = 3
+"""A character of UTF-8 has at most 4 bytes, so its beginning fits in this many tokens."""
 CONTEXT = 6
 """Prompt tokens decoded before the output: some tokenizers drop a space at the very start."""
 
@@ -33,23 +34,38 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Add a token; returns the text that can be shown because of it, often empty."""
         self._tokens.append(token)
-        text = self._new_text()
-        if text.endswith(REPLACEMENT) and len(self._tokens) - self._read < MAX_INCOMPLETE:
+        end = self._complete()
+        if end == self._read:
             return ""
-        self._prefix, self._read = self._read, len(self._tokens)
+        text = self._new_text(end)
+        self._prefix, self._read = self._read, end
         return self._release(text)
 
     def finish(self) -> str:
         """The text still held back, once no more tokens come."""
         if self.stopped:
             return ""
-        released = self._release(self._new_text())
+        released = self._release(self._new_text(len(self._tokens)))
         held, self._held = self._held, ""
         return released + held
 
-    def _new_text(self) -> str:
+    def _complete(self) -> int:
+        """Number of tokens whose text cannot change any more."""
+        end = len(self._tokens)
+        if not self._new_text(end).endswith(REPLACEMENT):
+            return end
+        # Either a character is incomplete or these bytes are none. Long runs are cut where it
+        # makes no difference to their text, so never within a character.
+        if end - self._read > MAX_PARTIAL:
+            text = self._decode(self._prefix, end)
+            for cut in range(end - MAX_PARTIAL, end):
+                if self._decode(self._prefix, cut) + self._decode(cut, end) == text:
+                    return cut
+        return self._read if end - self._read < MAX_INCOMPLETE else end
+
+    def _new_text(self, end: int) -> str:
         known = self._decode(self._prefix, self._read)
-        return self._decode(self._prefix, len(self._tokens))[len(known) :]
+        return self._decode(self._prefix, end)[len(known) :]
 
     def _release(self, text: str) -> str:
         self._held += text

@@ -59,7 +59,7 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | No
 def _sampled(token: int, row: Tensor | None, count: int) -> Sampled:
     if row is None:
         return Sampled(token)
-    values, ids = row.topk(count)
+    values, ids = row.topk(min(count, len(row)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return Sampled(token, float(row[token]), top)
 
@@ -172,21 +172,28 @@ def _draw_truncated(
     mass = (values.logsumexp(-1) - logits.logsumexp(-1)).exp()
     by_mass = (top_p[:, 0] < 1.0) & (mass >= top_p[:, 0])
     by_minimum = (values[:, -1] - values[:, 0]).exp() < min_p[:, 0]
-    enough = (top_k[:, 0] <= width) | by_mass | by_minimum
+    everything = top_k[:, 0] >= vocabulary
+    enough = (top_k[:, 0] <= width) | (everything & (by_mass | by_minimum))
     if width < vocabulary and not bool(enough.all()):
-        values, ids = logits.sort(dim=-1, descending=True)
-        total = values.logsumexp(-1)
-    else:
-        total = logits.logsumexp(-1)
+        # Only these rows: the two ways order equal logits differently, and a row's token must
+        # not depend on which way another row needs.
+        far = ~enough
+        filled = torch.full_like(logits, float("-inf"))
+        filled[:, :width] = values
+        positions = torch.zeros_like(logits, dtype=torch.long)
+        positions[:, :width] = ids
+        filled[far], positions[far] = logits[far].sort(dim=-1, descending=True)
+        values, ids = filled, positions
 
     rank = torch.arange(values.shape[1], device=logits.device)
     in_top_k = rank < top_k
     # With top-k the nucleus is a share of what top-k left, without it of the whole vocabulary.
     within = values.masked_fill(~in_top_k, float("-inf"))
-    total = torch.where(top_k[:, 0] < vocabulary, within.logsumexp(-1), total)
+    total = torch.where(everything, logits.logsumexp(-1), within.logsumexp(-1))
     probabilities = (within - total[:, None]).exp()
     before = probabilities.cumsum(dim=-1) - probabilities  # mass of more likely tokens
-    keep = in_top_k & ((before < top_p) | (rank == 0))
+    # Rounding may bring the mass to 1 before the last token, so 1 must not cut at all.
+    keep = in_top_k & ((before < top_p) | (top_p >= 1.0) | (rank == 0))
     keep &= probabilities >= min_p * probabilities[:, :1]
     kept = probabilities * keep
     position = _inverse(kept / kept.sum(dim=-1, keepdim=True), uniform)
