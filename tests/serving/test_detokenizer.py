@@ -224,5 +224,10 @@ class TestStopStrings:
         shown = detokenizer.push(encode("a")[0]) + detokenizer.push(BYTES.index("ð"))
         assert shown + detokenizer.finish() == "" and detokenizer.stopped
 
+    @pytest.mark.parametrize("stop", [("b", "a"), ("a", "b"), ("b", "ab")])
+    def test_of_two_in_one_token_the_first_counts(self, stop: tuple[str, ...]) -> None:
+        (token,) = encode("ab")
+        assert stream([token], stop) == [""]
+
     def test_the_prompt_is_never_part_of_one(self) -> None:
         assert "".join(stream(encode("b"), ("ab",), prompt="a")) == "b"

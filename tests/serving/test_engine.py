@@ -92,7 +92,7 @@ def test_any_schedule_of_arrivals_and_aborts_leaves_all_pages_free(data: st.Data
     draw = data.draw
     engine = tiny.engine_of(
         _shared_runner(),
-        pages=draw(st.integers(4, 12)),
+        pages=draw(st.integers(8, 12)),
         token_budget=draw(st.sampled_from((1, 3, 8, 64, UNLIMITED))),
         policy=draw(st.sampled_from(POLICIES)),
         prefix_reuse=draw(st.booleans()),
@@ -202,6 +202,34 @@ class TestFailures:
         assert errors == [("bad", 0), ("bad", 1)]
         for name in ("alpha", "charlie"):
             assert tokens[name] == expected(tuple(prompts[name]), 6)
+        assert_idle(engine)
+
+    def test_a_retried_batch_does_not_copy_pages_again(self) -> None:
+        """The source of a copy may have a new owner in the very batch that is retried."""
+        engine = tiny.engine(pages=3, page_size=8, prefix_reuse=False)
+        original = engine._runner.execute
+        prompt = [9] * 12
+        first = expected(tuple(prompt), 6)
+        # Choice 0 ends at once; its last page, of which choice 1 gets a copy, is free again.
+        engine.add(tiny.greedy(prompt, 6, "fork", n=2))
+        parent = engine._requests["fork"][0]
+        parent.max_tokens = 1
+        engine.step()
+        engine.add(tiny.greedy([3] * 8, 2, "stranger"))
+        failures = iter([True])
+
+        def fails_after_computing(plan: StepPlan) -> StepResult:
+            result = original(plan)
+            if next(failures, False):
+                raise RuntimeError("boom")
+            return result
+
+        engine._runner.execute = fails_after_computing  # type: ignore[method-assign]
+        tokens = first[:1]
+        for output in engine.run():
+            if output.request_id == "fork":
+                tokens.extend(output.delta.token_ids)
+        assert tokens == first
         assert_idle(engine)
 
     def test_non_finite_logits_fail_one_request_and_leave_no_trace_in_its_pages(self) -> None:

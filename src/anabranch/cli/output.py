@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 # Names and messages may contain brackets: nothing is read as markup.
 out = Console(markup=False, highlight=False, soft_wrap=True)
 errors = Console(markup=False, highlight=False, soft_wrap=True, stderr=True)
+
+SECONDS_A_LINE = 2.0
+"""Between two lines that count the same thing, where there is no terminal for a bar."""
 
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
@@ -63,15 +67,18 @@ def parse_bytes(text: str) -> int:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, float | None], None]]:
-    """Shows ``report(message, fraction)``: a bar on a terminal, else one line a message."""
+    """Shows ``report(message, fraction)``: a bar on a terminal, else a line now and then."""
     if not errors.is_terminal:
-        last = ""
+        last, printed = "", float("-inf")
 
         def report_line(message: str, fraction: float | None) -> None:
-            nonlocal last
-            if message != last:
-                errors.print(message)
-                last = message
+            nonlocal last, printed
+            # Messages that count something up come by the hundred; others are stages.
+            counting = re.sub(r"[0-9]+", "", message) == re.sub(r"[0-9]+", "", last)
+            if message == last or (counting and time.monotonic() - printed < SECONDS_A_LINE):
+                return
+            errors.print(message)
+            last, printed = message, time.monotonic()
 
         yield report_line
         return

@@ -11,8 +11,10 @@ token costs compute, and every context token costs a read of the cache.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 
@@ -60,19 +62,20 @@ class CostModel:
         """
         if not self.per_token:
             return 1
-        return max(1, round(fraction * self.fixed / ((1 - fraction) * self.per_token)))
+        return max(1, math.ceil(fraction * self.fixed / ((1 - fraction) * self.per_token)))
 
     def observe(self, tokens: int, context: int, seconds: float) -> None:
-        """Learn from a step that ran."""
-        if self.fitted:
-            ratio = seconds / self.predict(tokens, context) * self.correction
-            # One stalled step, say a page-out, must not move every later decision.
-            ratio = min(max(ratio, self.correction / 4), self.correction * 4)
-            self.correction += CORRECTION_RATE * (ratio - self.correction)
+        """Learn from a step that ran. A clock that did not move teaches nothing."""
+        if seconds <= 0:
+            return
+        self._follow(tokens, context, seconds)
         self.record(tokens, context, seconds)
         self._unfitted += 1
         if self._unfitted >= REFIT_EVERY:
             self.fit()
+            # The fit knows the whole window, but the machine may have changed within it.
+            for step in self.observations[-REFIT_EVERY:]:
+                self._follow(*step)
 
     @property
     def observations(self) -> tuple[tuple[int, int, float], ...]:
@@ -96,15 +99,23 @@ class CostModel:
         self.correction = 1.0
         self._unfitted = 0
 
+    def _follow(self, tokens: int, context: int, seconds: float) -> None:
+        predicted = self.predict(tokens, context)
+        if predicted > 0:
+            # One stalled step, say a page-out, must not move every later decision.
+            ratio = min(max(seconds / predicted, 1 / 4), 4.0)
+            self.correction *= 1.0 + CORRECTION_RATE * (ratio - 1.0)
+
 
 def _non_negative(features: np.ndarray, target: np.ndarray) -> tuple[float, float, float]:
-    """Non-negative least squares by dropping negative columns; exact enough for three columns."""
-    active = list(range(features.shape[1]))
-    solution = np.zeros(features.shape[1])
-    while active:
-        coefficients, *_ = np.linalg.lstsq(features[:, active], target, rcond=None)
-        if (coefficients >= 0).all():
-            solution[active] = coefficients
-            break
-        active.pop(int(coefficients.argmin()))
+    """Non-negative least squares: the best of the plain ones over every subset of columns."""
+    columns = range(features.shape[1])
+    solution, least = np.zeros(len(columns)), np.inf
+    for size in range(len(columns), 0, -1):
+        for active in map(list, combinations(columns, size)):
+            coefficients, *_ = np.linalg.lstsq(features[:, active], target, rcond=None)
+            error = float(np.linalg.norm(features[:, active] @ coefficients - target))
+            if (coefficients >= 0).all() and error < least:
+                solution, least = np.zeros(len(columns)), error
+                solution[active] = coefficients
     return float(solution[0]), float(solution[1]), float(solution[2])

@@ -226,6 +226,10 @@ class Engine:
 
     def _execute(self, plan: StepPlan) -> tuple[StepPlan, StepResult | None, list[StepOutput]]:
         """Run a plan; if it raises, run its segments one by one to find out whose fault it is."""
+        if plan.page_copies:
+            # Once and first: a retry must not copy from a page that the batch has overwritten.
+            self._runner.copy_pages(plan.page_copies)
+            plan = replace(plan, page_copies=())
         try:
             return plan, self._runner.execute(plan), []
         except Exception:
@@ -237,11 +241,8 @@ class Engine:
         survivors: list[Segment] = []
         results: list[StepResult] = []
         outputs: list[StepOutput] = []
-        copies = plan.page_copies
         for segment in plan.segments:
-            alone = replace(plan, segments=(segment,), page_copies=copies)
-            _, result, failures = self._execute(alone)
-            copies = ()  # made by the first plan, whatever became of its segment
+            _, result, failures = self._execute(replace(plan, segments=(segment,)))
             outputs += failures
             if result is not None:
                 survivors.append(segment)

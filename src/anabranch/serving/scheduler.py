@@ -8,6 +8,7 @@ must compute again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from anabranch.errors import ConfigurationError
@@ -37,6 +38,7 @@ class TokenBudgetScheduler:
         self._decode = DecodeSource(self._queues, cache)
         self._prefill = PrefillSource(self._queues, cache, whole=policy.whole_prompts)
         self._copies: list[PageCopy] = []
+        self._turns = itertools.count()
 
     @property
     def num_waiting(self) -> int:
@@ -66,7 +68,7 @@ class TokenBudgetScheduler:
         if not segments:
             return None
         for segment in segments:
-            segment.sequence.last_step = self.num_steps
+            segment.sequence.last_turn = next(self._turns)
         self.num_steps += 1
         copies, self._copies = tuple(self._copies), []
         return StepPlan(tuple(segments), self.cache.page_size, copies)

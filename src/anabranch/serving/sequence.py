@@ -49,7 +49,8 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)
     siblings: list[Sequence] = field(default_factory=list)
     """Further choices of the request, started from this one's prompt once it is computed."""
-    last_step: int = -1
+    last_turn: int = -1
+    """Number of the last segment it was given, over all sequences."""
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     random: random.Random = field(default_factory=random.Random)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from anabranch.planning import CostModel
-from anabranch.serving.batch import StepPlan, StepResult
+from anabranch.serving.batch import PageCopy, StepPlan, StepResult
 
 
 class Clock(Protocol):
@@ -73,6 +73,9 @@ class SimulatedRunner:
 
     def allocate(self, num_pages: int) -> None:
         """Nothing to allocate."""
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Nothing to copy."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Advance the clock."""

@@ -44,7 +44,7 @@ class DecodeSource(TokenSource):
         """
         ready = [sequence for sequence in self._queues.running if sequence.num_pending == 1]
         if len(ready) > budget:
-            ready.sort(key=lambda sequence: sequence.last_step)
+            ready.sort(key=lambda sequence: sequence.last_turn)
         segments: list[Segment] = []
         for sequence in ready:
             if len(segments) == budget:

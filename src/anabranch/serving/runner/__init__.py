@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from anabranch.serving.batch import StepPlan, StepResult
+from anabranch.serving.batch import PageCopy, StepPlan, StepResult
 
 __all__ = ["ModelRunner"]
 
@@ -26,6 +26,9 @@ class ModelRunner(Protocol):
 
     def allocate(self, num_pages: int) -> None:
         """Create the cache tensors. Called once, before the first step."""
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Copy pages as they are now: all sources are read before any target is written."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's segments: write their keys and values, return the wanted rows."""

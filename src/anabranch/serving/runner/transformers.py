@@ -8,15 +8,17 @@ differ. Tested with transformers 5.23.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from anabranch.errors import ModelUnsupported
-from anabranch.serving.batch import PackedBatch, StepPlan, StepResult, pack
+from anabranch.serving.batch import PackedBatch, PageCopy, StepPlan, StepResult, pack
 from anabranch.serving.runner import paged_attention
 from anabranch.serving.runner.paged_attention import LayerCache
 from anabranch.serving.sequence import Request, Segment
@@ -44,19 +46,21 @@ class TransformersRunner:
         self.page_bytes = page_size * element * sum(h * (k + v) for h, k, v in self._shapes)
 
     def allocate(self, num_pages: int) -> None:
-        """Create zeroed caches. Untouched pages cost no physical memory on most systems."""
+        """Create zeroed caches."""
         self._caches = _make_caches(
             self._shapes, num_pages, self.page_size, self.model.dtype, self._device
         )
 
-    @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Copy pages, run the packed batch, pool what wants pooling."""
-        for cache in self._caches if plan.page_copies else ():
-            sources, targets = (list(pages) for pages in zip(*plan.page_copies, strict=True))
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Copy keys and values in every layer."""
+        sources, targets = (list(pages) for pages in zip(*copies, strict=True))
+        for cache in self._caches:
             cache.keys[:, targets] = cache.keys[:, sources]
             cache.values[:, targets] = cache.values[:, sources]
 
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run the packed batch, and pool what wants pooling."""
         batch = plan.pack()
         pooling = [i for i, s in enumerate(plan.segments) if s.sequence.request.pooling]
         with _last_hidden_states(self.model, enabled=bool(pooling)) as hidden:
@@ -185,8 +189,19 @@ def _make_caches(
 ) -> list[LayerCache]:
     return [
         LayerCache(
-            torch.zeros(heads, pages, page_size, key_dim, dtype=dtype, device=device),
-            torch.zeros(heads, pages, page_size, value_dim, dtype=dtype, device=device),
+            _zeros((heads, pages, page_size, key_dim), dtype, device),
+            _zeros((heads, pages, page_size, value_dim), dtype, device),
         )
         for heads, key_dim, value_dim in shapes
     ]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a CPU take physical memory only where they are written.
+
+    ``torch.zeros`` writes every page at once, which takes seconds for gigabytes.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
