@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.panel import Panel
@@ -18,6 +19,7 @@ from anabranch.models.packaged import DEFAULT
 
 if TYPE_CHECKING:
     from anabranch.models.protocol import Model
+    from anabranch.serving.options import WeightFormat
 
 OPEN_WARNING = "warning: whoever reaches this address can use it; see --api-key-file"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -85,6 +87,13 @@ def up(
             help="Compute shared prompt beginnings again.",
         ),
     ] = False,
+    runner: Annotated[
+        str, typer.Option(envvar=_env("runner"), help="auto, fused or transformers.")
+    ] = "auto",
+    weights: Annotated[
+        str,
+        typer.Option(envvar=_env("weights"), help="bf16, or int8: faster, a little less exact."),
+    ] = "bf16",
     threads: Annotated[
         int | None, typer.Option(envvar=_env("threads"), min=1, help="CPU threads.")
     ] = None,
@@ -117,6 +126,8 @@ def up(
     listener = bind(host, port)
     with progress() as report:
         report("importing torch", None)
+        # Idle threads of torch soon sleep instead of spinning: the event loop needs a core too.
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         import torch
 
         from anabranch import models
@@ -135,6 +146,8 @@ def up(
             policy=policy,
             page_size=page_size,
             prefix_reuse=not no_prefix_reuse,
+            runner=runner,
+            weights=cast("WeightFormat", weights),
         )
         served: list[Model] = [
             EngineModel.load(model, served_name=name, options=options, dtype=dtype, progress=report)
@@ -184,7 +197,7 @@ def computed_in(model: Model) -> str:
     """The stored number format, and the one that this machine computes in if it is another."""
     stored = model.card.dtype
     actual = getattr(model, "dtype", stored)
-    return stored if actual == stored else f"{stored} computed in {actual}"
+    return stored if actual == stored else f"{stored} computed as {actual}"
 
 
 def _local(url: str) -> str:

@@ -22,6 +22,7 @@ from anabranch import models
 from anabranch.errors import Draining, InvalidRequest, QueueFull, RequestFailed, RequestTooLong
 from anabranch.models.card import ModelCard
 from anabranch.models.dtype import fastest_dtype
+from anabranch.models.progress import Progress, silent
 from anabranch.models.protocol import (
     Embedding,
     Message,
@@ -32,11 +33,13 @@ from anabranch.models.protocol import (
 )
 from anabranch.serving.engine import Engine, StepOutput
 from anabranch.serving.options import EngineOptions
-from anabranch.serving.runner.transformers import TransformersRunner
+from anabranch.serving.runner import ModelRunner
+from anabranch.serving.runner.fused import FusedRunner
+from anabranch.serving.runner.selection import make_runner
 from anabranch.serving.sequence import Request
 
 if TYPE_CHECKING:
-    from anabranch.models import LoadedModel, Progress
+    from anabranch.models import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +80,9 @@ class EngineModel(Model):
         if dtype is None:
             dtype = fastest_dtype(models.card(name), target)
         loaded = models.load(name, dtype=dtype, device=target, progress=progress)
-        return cls.from_loaded(loaded, options=options, served_name=served_name)
+        return cls.from_loaded(
+            loaded, options=options, served_name=served_name, progress=progress or silent
+        )
 
     @classmethod
     def from_loaded(
@@ -86,10 +91,11 @@ class EngineModel(Model):
         *,
         options: EngineOptions | None = None,
         served_name: str | None = None,
+        progress: Progress = silent,
     ) -> EngineModel:
         """Take over a model that is already in memory."""
         options = options or EngineOptions()
-        runner = TransformersRunner(loaded.network, loaded.card.context_length, options.page_size)
+        runner = make_runner(loaded, options, progress)
         engine = Engine(
             runner,
             tokenizer=loaded.tokenizer,
@@ -98,7 +104,7 @@ class EngineModel(Model):
             device=loaded.network.device,
         )
         model = cls(served_name or loaded.name, loaded.card, loaded.tokenizer, engine)
-        model.dtype = str(loaded.network.dtype).removeprefix("torch.")
+        model.dtype = describe(runner, loaded)
         return model
 
     @property
@@ -289,6 +295,14 @@ class EngineGeneration:
         for index in sorted(self._unfinished):
             self._deltas.put_nowait(OutputDelta(index, finish_reason="abort"))
         self._unfinished.clear()
+
+
+def describe(runner: ModelRunner, loaded: LoadedModel) -> str:
+    """The number format that a runner computes in, for people."""
+    if isinstance(runner, FusedRunner):
+        weights = "bfloat16" if runner.weights == "bf16" else runner.weights
+        return f"{weights} weights, fused"
+    return str(loaded.network.dtype).removeprefix("torch.")
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import psutil
 import torch
 
-from anabranch.errors import ConfigurationError
+from anabranch.errors import ConfigurationError, did_you_mean
 
 GIBIBYTE = 2**30
+RUNNERS = ("auto", "fused", "transformers")
+WeightFormat = Literal["bf16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,9 @@ class EngineOptions:
 
     ``token_budget`` is the tokens of one step: more is faster in total, fewer keep running
     streams smoother while prompts arrive. ``kv_memory`` is in bytes. ``max_queue`` is how many
-    requests may wait before new ones are refused.
+    requests may wait before new ones are refused. ``runner`` is ``auto``, ``fused`` or
+    ``transformers``; ``weights`` is how the fused one keeps them: ``bf16``, or ``int8``, which is
+    faster and nearly as good.
     """
 
     token_budget: int | None = None
@@ -29,6 +34,17 @@ class EngineOptions:
     policy: str = "splitfuse"
     page_size: int = 32
     prefix_reuse: bool = True
+    runner: str = "auto"
+    weights: WeightFormat = "bf16"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("runner", RUNNERS), ("weights", get_args(WeightFormat))):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigurationError(
+                    f"{name} must be one of {', '.join(allowed)}, not {value!r}"
+                    f"{did_you_mean(value, allowed)}"
+                )
 
     def resolved_token_budget(self, device: torch.device) -> int:
         """The budget, or the sheet value at which this kind of device is near saturation."""

@@ -8,21 +8,19 @@ differ. Tested with transformers 5.23.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from anabranch.errors import ModelUnsupported
-from anabranch.serving.batch import PackedBatch, PageCopy, StepPlan, StepResult, pack
+from anabranch.serving.batch import PackedBatch, PageCopy, StepPlan, StepResult
 from anabranch.serving.runner import paged_attention
+from anabranch.serving.runner.memory import zeros
 from anabranch.serving.runner.paged_attention import LayerCache
-from anabranch.serving.sequence import Request, Segment
-from anabranch.serving.sequence import Sequence as TokenSequence
+from anabranch.serving.runner.probe import num_pages, probe_plans, probe_prompt
 
 AttentionInterface.register(paged_attention.NAME, paged_attention.ragged_attention)
 
@@ -117,14 +115,14 @@ def _last_hidden_states(model: PreTrainedModel, enabled: bool) -> Iterator[list[
 def _take_over(model: PreTrainedModel, page_size: int) -> list[LayerShape]:
     """Switch a model to the paged attention and prove that it still computes the same."""
     name = type(model).__name__
-    prompt = [(7 * i + 3) % model.config.vocab_size for i in range(page_size + 5)]
+    prompt = probe_prompt(model, page_size)
     tokens = torch.tensor([prompt], device=model.device)
     with torch.inference_mode():
         expected = model(input_ids=tokens, use_cache=False).logits[0, -1].float()
     try:
         shapes = _observe_layers(model, tokens)
         model.set_attn_implementation(paged_attention.NAME)
-        actual = _two_pieces(model, prompt, page_size, shapes).float()
+        actual = _probe(model, prompt, page_size, shapes).float()
     except Exception as error:
         raise ModelUnsupported(
             f"{name} cannot be served: its attention does not go through transformers' "
@@ -170,17 +168,15 @@ def _observe_layers(model: PreTrainedModel, tokens: Tensor) -> list[LayerShape]:
     return [shapes[index] for index in range(len(shapes))]
 
 
-def _two_pieces(
+def _probe(
     model: PreTrainedModel, prompt: list[int], page_size: int, shapes: list[LayerShape]
 ) -> Tensor:
-    """Last logits ``[vocabulary]`` of a prompt computed as 3 tokens and then the rest."""
-    pages = list(reversed(range(-(-len(prompt) // page_size))))
-    caches = _make_caches(shapes, len(pages), page_size, model.dtype, model.device)
-    sequence = TokenSequence(Request("probe", prompt), 0, prompt, max_tokens=1, pages=pages)
+    """Last logits ``[vocabulary]`` of a prompt computed through the cache."""
+    pages = num_pages(prompt, page_size)
+    caches = _make_caches(shapes, pages, page_size, model.dtype, model.device)
     with torch.inference_mode():
-        for start, stop in ((0, 3), (3, len(prompt))):
-            batch = pack([Segment(sequence, start, stop)], page_size)
-            logits = _forward(model, batch, page_size, caches)
+        for plan in probe_plans(prompt, page_size):
+            logits = _forward(model, plan.pack(), page_size, caches)
     return logits[0]
 
 
@@ -189,19 +185,8 @@ def _make_caches(
 ) -> list[LayerCache]:
     return [
         LayerCache(
-            _zeros((heads, pages, page_size, key_dim), dtype, device),
-            _zeros((heads, pages, page_size, value_dim), dtype, device),
+            zeros((heads, pages, page_size, key_dim), dtype, device),
+            zeros((heads, pages, page_size, value_dim), dtype, device),
         )
         for heads, key_dim, value_dim in shapes
     ]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on a CPU take physical memory only where they are written.
-
-    ``torch.zeros`` writes every page at once, which takes seconds for gigabytes.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

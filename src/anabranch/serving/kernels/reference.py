@@ -1,0 +1,112 @@
+"""The fused runner's operations in plain PyTorch: what they mean, and a fallback.
+
+All activations are float32. Weights are packed in tiles of 32 output channels; activations of the
+8-bit product have one scale for each group of 64 input channels.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 32
+GROUP = 64
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """``x [N, H] += delta`` in place; returns ``x / rms(x) * weight``."""
+    if delta is not None:
+        x += delta
+    return F.rms_norm(x, (x.shape[1],), weight, eps)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``[N, 2 I] = [gate, up]``."""
+    gate, up = x.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
+def linear_bfloat16(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """``[N, K] -> [N, O]`` with weights ``[O / 32, K, 32]``, multiplied in single precision."""
+    weight = packed.transpose(1, 2).flatten(0, 1).float()  # [O, K]
+    return F.linear(x, weight, bias)
+
+
+def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``[N, K] -> [N, O]`` with weights ``[O / 32, K / 4, 32, 4]`` stored 128 too high.
+
+    Integer products of a group are exact in float32: 64 x 127 x 127 is below 2**24.
+    """
+    tiles, quarter = packed.shape[:2]
+    weight = packed.permute(0, 2, 1, 3).reshape(tiles * TILE, quarter * 4).float() - 128
+    y = x.new_zeros(len(x), tiles * TILE)
+    for start in range(0, x.shape[1], GROUP):
+        group = x[:, start : start + GROUP]
+        peak = group.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+        integers = (group * (127.0 / peak)).round()
+        y += integers @ weight[:, start : start + GROUP].T * (peak / 127.0)
+    y *= scale
+    return y if bias is None else y + bias
+
+
+def attention(
+    qkv: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    query_start: Tensor,
+    context: Tensor,
+    tables: Tensor,
+    heads: int,
+    scale: float,
+    window: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Rotate ``qkv [N, (heads + 2 kv_heads) D]``, write keys and values to slots, attend.
+
+    Caches: keys ``[kv_heads, pages, D, P]``, values ``[kv_heads, pages, P, D]``. ``window`` 0 sees
+    the whole context. Returns ``[N, heads D]``.
+    """
+    kv_heads, _, page_size, head_dim = values.shape
+    parts = qkv.view(len(qkv), -1, head_dim)
+    query, key, value = parts.split([heads, kv_heads, kv_heads], dim=1)
+    query = _rotate(query, cosine, sine, q_norm, eps)
+    key = _rotate(key, cosine, sine, k_norm, eps)
+    page, offset = slots // page_size, slots % page_size
+    keys[:, page, :, offset] = key.to(keys.dtype)
+    values[:, page, offset] = value.transpose(0, 1).to(values.dtype)
+
+    out = torch.empty_like(query)
+    for index, (start, stop) in enumerate(pairwise(query_start)):
+        seen = int(context[index])
+        pages = tables[index, : -(-seen // page_size)]
+        past_keys = keys[:, pages].transpose(2, 3).flatten(1, 2)[:, :seen].float()
+        past_values = values[:, pages].flatten(1, 2)[:, :seen].float()
+        positions = torch.arange(seen - int(stop - start), seen)
+        distance = positions[:, None] - torch.arange(seen)
+        visible = (distance >= 0) & ((distance < window) if window else True)
+        attended = F.scaled_dot_product_attention(
+            query[start:stop].transpose(0, 1)[None],
+            past_keys[None],
+            past_values[None],
+            attn_mask=visible,
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[start:stop] = attended[0].transpose(0, 1)
+    return out.flatten(1)
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    if norm is not None:
+        x = F.rms_norm(x, (x.shape[2],), norm, eps)
+    first, second = x.chunk(2, dim=2)
+    turned = torch.cat((-second, first), dim=2)
+    return x * cosine[:, None] + turned * sine[:, None]

@@ -1,0 +1,302 @@
+"""Runs Llama-shaped models on a CPU with few, large operations.
+
+Projections that read the same input are one matrix, weights stay bfloat16 or int8 in memory and are
+multiplied in single precision or exactly in integers, attention walks the pages of the cache, and
+only wanted rows reach the head. A row's result does not depend on the other rows of a step: the
+same request gives the same bits in any batch and for any split of its prompt.
+
+Not known here: adapters, and models that are not Llama-shaped; the
+:class:`~anabranch.serving.runner.transformers.TransformersRunner` serves those.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anabranch.errors import ModelUnsupported
+from anabranch.serving import kernels
+from anabranch.serving.batch import PackedBatch, PageCopy, StepPlan, StepResult, pack
+from anabranch.serving.kernels.reference import GROUP, TILE
+from anabranch.serving.options import WeightFormat
+from anabranch.serving.runner.memory import zeros
+from anabranch.serving.runner.probe import num_pages, probe_plans, probe_prompt
+from anabranch.serving.sequence import Request, Segment
+from anabranch.serving.sequence import Sequence as TokenSequence
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+
+
+class FusedRunner:
+    """Takes the weights of a loaded model; the model itself can be dropped afterwards.
+
+    ``weights`` is how they are kept: ``bf16`` (16 bits, exact for a bfloat16 model) or ``int8`` (a
+    scale for each output row). Raises :class:`ModelUnsupported` for anything it would not compute
+    as the model does.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        context_length: int,
+        page_size: int = 32,
+        weights: WeightFormat = "bf16",
+    ) -> None:
+        reason = unsuitable(model, page_size, weights)
+        if reason:
+            raise ModelUnsupported(f"{_name(model)} does not fit the fused runner: {reason}")
+        config, base = model.config, cast(Any, model.base_model)
+        self.page_size = page_size
+        self.context_length = context_length
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.weights = weights
+        self._ops = kernels.load()
+        self._heads = config.num_attention_heads
+        self._kv_heads = config.num_key_value_heads
+        self._head_dim = _head_dim(model)
+        self._eps = float(config.rms_norm_eps)
+        self._window = _window(config)
+        self._rotary = base.rotary_emb
+        embedding = cast(nn.Embedding, model.get_input_embeddings())
+        self._embedding = embedding.weight.detach().bfloat16()
+        self._final_norm = base.norm.weight.detach().float()
+        with torch.inference_mode():
+            self._head = PackedLinear.of([model.get_output_embeddings()], weights, self._ops)
+            self._layers = [self._pack_layer(layer) for layer in base.layers]
+        self._cache_dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        element = self._cache_dtype.itemsize
+        self.page_bytes = (
+            2 * len(self._layers) * self._kv_heads * self._head_dim * page_size * element
+        )
+        self._probe(model)
+
+    def allocate(self, num_pages: int) -> None:
+        """Create zeroed caches; see ``kernels.reference.attention`` for their layout."""
+        shape = self._kv_heads, num_pages
+        dim, page = self._head_dim, self.page_size
+        device = torch.device("cpu")
+        layers = range(len(self._layers))
+        self._keys = [zeros((*shape, dim, page), self._cache_dtype, device) for _ in layers]
+        self._values = [zeros((*shape, page, dim), self._cache_dtype, device) for _ in layers]
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Copy keys and values in every layer."""
+        sources, targets = (list(pages) for pages in zip(*copies, strict=True))
+        for cache in (*self._keys, *self._values):
+            cache[:, targets] = cache[:, sources]
+
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Zero the keys and values of pages."""
+        for cache in (*self._keys, *self._values):
+            cache[:, list(pages)] = 0
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run the packed batch, and pool what wants pooling."""
+        batch = plan.pack()
+        hidden = self._hidden_states(batch)
+        logits = self._head(hidden[batch.logits_index])
+        pooled = {
+            index: hidden[batch.query_start[index] : batch.query_start[index + 1]].sum(dim=0)
+            for index, segment in enumerate(plan.segments)
+            if segment.sequence.request.pooling
+        }
+        return StepResult(logits, pooled)
+
+    @torch.inference_mode()
+    def all_logits(self, tokens: Sequence[int]) -> Tensor:
+        """Logits ``[tokens, vocabulary]`` after every token of a text, for measuring quality.
+
+        Uses the first pages of the cache: only for a runner that no engine has.
+        """
+        pages = list(range(num_pages(list(tokens), self.page_size)))
+        if not self._keys:
+            self.allocate(-(-self.context_length // self.page_size))
+        sequence = TokenSequence(Request("text", tokens), 0, list(tokens), 1, pages=pages)
+        segment = Segment(sequence, 0, len(tokens))
+        return self._head(self._hidden_states(pack((segment,), self.page_size)))
+
+    def _hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Normalised output of the last layer ``[N, hidden]``."""
+        ops, eps = self._ops, self._eps
+        x = self._embedding[batch.input_ids].float()
+        cosine, sine = self._rotary(x[None], position_ids=batch.positions[None])
+        where = (
+            batch.slots,
+            torch.from_numpy(batch.query_start),
+            torch.from_numpy(batch.context),
+            torch.from_numpy(batch.block_tables),
+        )
+        delta = None
+        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
+            normed = ops.add_rms_norm(x, delta, layer.attention_norm, eps)
+            attended = ops.attention(
+                layer.qkv(normed),
+                cosine[0].float(),
+                sine[0].float(),
+                keys,
+                values,
+                *where,
+                self._heads,
+                layer.scaling,
+                self._window,
+                layer.q_norm,
+                layer.k_norm,
+                eps,
+            )
+            delta = layer.output(attended)
+            normed = ops.add_rms_norm(x, delta, layer.mlp_norm, eps)
+            delta = layer.down(ops.silu_mul(layer.gate_up(normed)))
+        return ops.add_rms_norm(x, delta, self._final_norm, eps)
+
+    def _pack_layer(self, layer: Any) -> FusedLayer:
+        attention, mlp = layer.self_attn, layer.mlp
+
+        def packed(*linears: nn.Linear) -> PackedLinear:
+            return PackedLinear.of(linears, self.weights, self._ops)
+
+        def norm(name: str) -> Tensor | None:
+            module = getattr(attention, name, None)
+            return None if module is None else module.weight.detach().float()
+
+        return FusedLayer(
+            attention_norm=layer.input_layernorm.weight.detach().float(),
+            qkv=packed(attention.q_proj, attention.k_proj, attention.v_proj),
+            q_norm=norm("q_norm"),
+            k_norm=norm("k_norm"),
+            scaling=float(attention.scaling),
+            output=packed(attention.o_proj),
+            mlp_norm=layer.post_attention_layernorm.weight.detach().float(),
+            gate_up=packed(mlp.gate_proj, mlp.up_proj),
+            down=packed(mlp.down_proj),
+        )
+
+    def _probe(self, model: PreTrainedModel) -> None:
+        """Prove on a short prompt, in two pieces, that the packed weights compute the same."""
+        prompt = probe_prompt(model, self.page_size)
+        with torch.inference_mode():
+            expected = (
+                model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].float()
+            )
+        self.allocate(num_pages(prompt, self.page_size))
+        *_, result = map(self.execute, probe_plans(prompt, self.page_size))
+        self._keys, self._values = [], []
+        # Relative to the spread of the logits. Eight bits are not exact: their quality is
+        # measured elsewhere, this only finds a wrong layout or a missing term.
+        difference = float((result.logits[0] - expected).abs().max() / expected.std())
+        tolerance = 1.5 if self.weights == "int8" else 0.01 if model.dtype == torch.float32 else 0.5
+        if not difference <= tolerance:
+            raise ModelUnsupported(
+                f"{_name(model)} does not fit the fused runner: its logits differ by "
+                f"{difference:.2g} standard deviations from the model's own"
+            )
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A linear layer, or several that share their input, in the kernels' layout."""
+
+    packed: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    width: int
+    ops: Any
+
+    @classmethod
+    def of(cls, linears: Sequence[Any], weights: WeightFormat, ops: Any) -> PackedLinear:
+        """Stack ``[O, K]`` weights and pad the outputs to whole tiles."""
+        weight = torch.cat([linear.weight.detach() for linear in linears]).float()
+        width = len(weight)
+        padding = -width % TILE
+        bias = None
+        if getattr(linears[0], "bias", None) is not None:
+            bias = torch.cat([linear.bias.detach() for linear in linears]).float()
+            bias = nn.functional.pad(bias, (0, padding))
+        weight = nn.functional.pad(weight, (0, 0, 0, padding))
+        if weights == "bf16":
+            tiles = weight.bfloat16().unflatten(0, (-1, TILE)).transpose(1, 2)
+            return cls(tiles.contiguous(), None, bias, width, ops)
+        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+        integers = (weight / scale[:, None]).round() + 128
+        tiles = integers.to(torch.uint8).view(len(weight) // TILE, TILE, -1, 4).transpose(1, 2)
+        return cls(tiles.contiguous(), scale, bias, width, ops)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[N, K] -> [N, O]``."""
+        if self.scale is None:
+            y = self.ops.linear_bfloat16(x, self.packed, self.bias)
+        else:
+            y = self.ops.linear_int8(x, self.packed, self.scale, self.bias)
+        return y if y.shape[1] == self.width else y[:, : self.width].contiguous()
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """Packed weights of one decoder layer."""
+
+    attention_norm: Tensor
+    qkv: PackedLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    scaling: float
+    output: PackedLinear
+    mlp_norm: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+def unsuitable(model: PreTrainedModel, page_size: int, weights: WeightFormat) -> str | None:
+    """Why the fused runner cannot run this model, or None if it can."""
+    config = model.config
+    if model.device.type != "cpu":
+        return "its kernels are for the CPU"
+    if type(model).__name__ not in ARCHITECTURES:
+        return f"it runs {', '.join(ARCHITECTURES)}"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}, not silu"
+    if page_size % 16:
+        return f"pages of {page_size} tokens are not a multiple of 16"
+    if _head_dim(model) % 32:
+        return f"heads of {_head_dim(model)} channels are not a multiple of 32"
+    unit = GROUP if weights == "int8" else 16
+    for name in ("hidden_size", "intermediate_size"):
+        if getattr(config, name) % unit:
+            return f"{name} {getattr(config, name)} is not a multiple of {unit}"
+    if weights == "int8" and config.num_attention_heads * _head_dim(model) % GROUP:
+        return f"its attention output is not a multiple of {GROUP} channels"
+    if len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
+        return "its layers attend in different ways"
+    return None
+
+
+def _name(model: PreTrainedModel) -> str:
+    return type(model).__name__
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _window(config: Any) -> int:
+    """Tokens that a query sees, itself included; 0 for all."""
+    if not getattr(config, "use_sliding_window", True):
+        return 0
+    if set(getattr(config, "layer_types", None) or []) == {"full_attention"}:
+        return 0
+    return getattr(config, "sliding_window", None) or 0

@@ -1,0 +1,63 @@
+"""Which runner serves a model on this machine."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from anabranch.errors import ConfigurationError, ModelUnsupported
+from anabranch.models.progress import Progress, silent
+from anabranch.serving import kernels
+from anabranch.serving.options import EngineOptions
+from anabranch.serving.runner import ModelRunner
+from anabranch.serving.runner.fused import FusedRunner, unsuitable
+from anabranch.serving.runner.transformers import TransformersRunner
+
+if TYPE_CHECKING:
+    from anabranch.models import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+
+def make_runner(
+    loaded: LoadedModel, options: EngineOptions, progress: Progress = silent
+) -> ModelRunner:
+    """The runner that the options ask for; ``auto`` takes the fused one where it is exact.
+
+    Raises :class:`ConfigurationError` if the options ask for what the model cannot have.
+    """
+    network, context = loaded.network, loaded.card.context_length
+    if options.runner == "transformers":
+        if options.weights != "bf16":
+            raise ConfigurationError(f"weights={options.weights} needs runner=fused (or auto)")
+        return TransformersRunner(network, context, options.page_size)
+
+    reason = unsuitable(network, options.page_size, options.weights)
+    if reason is None and options.runner == "auto" and options.weights == "bf16":
+        reason = _not_worth_it(loaded)
+    if reason is None:
+        progress("preparing the kernels", None)
+        if options.runner == "auto" and options.weights == "bf16" and not kernels.compiled():
+            reason = "its kernels need a C++ compiler"
+    if reason is None:
+        try:
+            return FusedRunner(network, context, options.page_size, options.weights)
+        except ModelUnsupported as error:
+            reason = str(error)
+    if options.runner == "fused" or options.weights != "bf16":
+        raise ConfigurationError(
+            f"{loaded.name} cannot run with runner={options.runner}, weights={options.weights}: "
+            f"{reason}"
+        )
+    logger.info("using the transformers runner: %s", reason)
+    return TransformersRunner(network, context, options.page_size)
+
+
+def _not_worth_it(loaded: LoadedModel) -> str | None:
+    if loaded.card.dtype != "bfloat16":
+        return f"its {loaded.card.dtype} weights would be rounded to bfloat16"
+    if loaded.network.dtype == torch.float16:
+        return "float16 was asked for"
+    return None
