@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from anabranch import models
 from anabranch.errors import ConfigurationError, ModelUnsupported
-from anabranch.serving import Engine, EngineModel, EngineOptions
+from anabranch.serving import Engine, EngineModel, EngineOptions, kernels
 from anabranch.serving.batch import StepPlan, StepResult
 from anabranch.serving.kernels import reference
 from anabranch.serving.runner.fused import FusedRunner
@@ -71,7 +71,8 @@ def test_the_fallback_operations_serve_the_same(monkeypatch: pytest.MonkeyPatch)
     model = rounded("LlamaConfig", {})
     requests = [tiny.greedy(p, 6, key, ignore_eos=True) for key, p in prompts().items()]
     fast = engine_on(FusedRunner(copy.deepcopy(model), 256, page_size=16)).generate(requests)
-    monkeypatch.setattr("anabranch.serving.kernels.load", lambda: reference)
+    plain = kernels.Operations.of(reference, compiled=False)
+    monkeypatch.setattr("anabranch.serving.kernels.load", lambda: plain)
     slow = engine_on(FusedRunner(copy.deepcopy(model), 256, page_size=16)).generate(requests)
     assert fast == slow
 

@@ -21,11 +21,14 @@ needs_compiler = pytest.mark.skipif(
 )
 pytestmark = needs_compiler
 SIZES = st.integers(1, 15)
+PLAIN = kernels.Operations.of(reference, compiled=False)
 
 
 @pytest.fixture(scope="module")
 def ops() -> Any:
-    assert kernels.compiled(), "there is a compiler, but the kernels did not build; see the log"
+    assert kernels.load().compiled, (
+        "there is a compiler, but the kernels did not build; see the log"
+    )
     return kernels.load()
 
 
@@ -62,7 +65,7 @@ def test_linear(ops: Any, rows: int, width: int, outputs: int, bias: bool, weigh
     x = torch.randn(rows, width)
     with torch.inference_mode():
         actual = PackedLinear.of([linear], weights, ops)(x)
-        expected = PackedLinear.of([linear], weights, reference)(x)
+        expected = PackedLinear.of([linear], weights, PLAIN)(x)
         exact = linear(x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     tolerance = 0.02 if weights == "bf16" else 0.05
@@ -130,8 +133,9 @@ def test_attention(ops: Any, data: st.DataObject) -> None:
             1e-6,
         )
         results.append((out, keys, values))
+    # A rotation that differs in its last bit may be rounded to another bfloat16 in the cache.
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-4
     for actual, expected in zip(*results, strict=True):
-        tolerance = 1e-2 if actual.dtype == torch.bfloat16 else 2e-4
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -142,12 +146,12 @@ def test_a_failing_build_falls_back_and_says_so(
     monkeypatch.setenv("CXX", "false")
     kernels.load.cache_clear()
     try:
-        assert kernels.load() is reference
+        assert not kernels.load().compiled
         assert "do not build" in caplog.text
         kernels.load.cache_clear()
         monkeypatch.delenv("CXX")
         monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
-        assert kernels.load() is reference
+        assert not kernels.load().compiled
         assert "no C++ compiler" in caplog.text
     finally:
         kernels.load.cache_clear()

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from anabranch import __version__
-from anabranch.cli import chat, claims, models, registry, serve
+from anabranch.cli import bench, chat, claims, models, registry, serve
 from anabranch.cli.output import show_error
 from anabranch.errors import AnabranchError
 
@@ -45,6 +45,7 @@ app.command("chat")(chat.chat)
 app.add_typer(models.app, name="models")
 app.command("list")(registry.list_)
 app.add_typer(claims.app, name="claims")
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

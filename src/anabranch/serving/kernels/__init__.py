@@ -13,10 +13,13 @@ import logging
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from anabranch.models import cache
 from anabranch.serving.kernels import reference
@@ -36,29 +39,42 @@ FLAGS = (
 )
 
 
+@dataclass
+class Operations:
+    """One set of the operations, by the names and signatures of the reference."""
+
+    add_rms_norm: Callable[..., Tensor]
+    silu_mul: Callable[..., Tensor]
+    linear_bfloat16: Callable[..., Tensor]
+    linear_int8: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+    compiled: bool
+
+    @classmethod
+    def of(cls, source: Any, compiled: bool) -> Operations:
+        """Take them from a module or namespace."""
+        names = [item.name for item in fields(cls) if item.name != "compiled"]
+        return cls(**{name: getattr(source, name) for name in names}, compiled=compiled)
+
+
 @functools.cache
-def load() -> Any:
+def load() -> Operations:
     """The C++ operations, built on first use (about 15 seconds), or the reference.
 
-    Which one and why is said in the log. Either has ``add_rms_norm``, ``silu_mul``,
-    ``linear_bfloat16``, ``linear_int8`` and ``attention``.
+    Which one and why is said in the log.
     """
+    plain = Operations.of(reference, compiled=False)
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        logger.warning("no C++ compiler: the fused runner uses plain PyTorch, which is slow")
-        return reference
+        logger.warning("no C++ compiler: the fused runner would use plain PyTorch, which is slow")
+        return plain
     try:
         torch.ops.load_library(build(compiler))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.warning("the fused runner's kernels do not build, so it is slow: %s", detail)
-        return reference
-    return torch.ops.anabranch
-
-
-def compiled() -> bool:
-    """Whether :func:`load` gives the C++ operations."""
-    return load() is not reference
+        return plain
+    return Operations.of(torch.ops.anabranch, compiled=True)
 
 
 def build(compiler: str) -> Path:

@@ -12,8 +12,9 @@ Not known here: adapters, and models that are not Llama-shaped; the
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -63,7 +64,7 @@ class FusedRunner:
         self.context_length = context_length
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
         self.weights = weights
-        self._ops = kernels.load()
+        self._ops = replace(kernels.load())  # a copy of our own, see operations_replaced
         self._heads = config.num_attention_heads
         self._kv_heads = config.num_key_value_heads
         self._head_dim = _head_dim(model)
@@ -130,6 +131,33 @@ class FusedRunner:
         sequence = TokenSequence(Request("text", tokens), 0, list(tokens), 1, pages=pages)
         segment = Segment(sequence, 0, len(tokens))
         return self._head(self._hidden_states(pack((segment,), self.page_size)))
+
+    @property
+    def weight_elements(self) -> tuple[int, int]:
+        """Weights of all layers, and of the head, as the kernels read them."""
+        layers = sum(
+            linear.packed.numel()
+            for layer in self._layers
+            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        )
+        return layers, self._head.packed.numel()
+
+    @property
+    def attention_width(self) -> int:
+        """Channels of all query heads in all layers: multiply-adds per query and key, halved."""
+        return len(self._layers) * self._heads * self._head_dim
+
+    @contextmanager
+    def operations_replaced(
+        self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+    ) -> Iterator[None]:
+        """Run with every kernel wrapped, to measure it: ``wrap(name, function)``."""
+        original = {name: run for name, run in vars(self._ops).items() if callable(run)}
+        vars(self._ops).update({name: wrap(name, run) for name, run in original.items()})
+        try:
+            yield
+        finally:
+            vars(self._ops).update(original)
 
     def _hidden_states(self, batch: PackedBatch) -> Tensor:
         """Normalised output of the last layer ``[N, hidden]``."""
@@ -215,10 +243,12 @@ class PackedLinear:
     scale: Tensor | None
     bias: Tensor | None
     width: int
-    ops: Any
+    ops: kernels.Operations
 
     @classmethod
-    def of(cls, linears: Sequence[Any], weights: WeightFormat, ops: Any) -> PackedLinear:
+    def of(
+        cls, linears: Sequence[Any], weights: WeightFormat, ops: kernels.Operations
+    ) -> PackedLinear:
         """Stack ``[O, K]`` weights and pad the outputs to whole tiles."""
         weight = torch.cat([linear.weight.detach() for linear in linears]).float()
         width = len(weight)

@@ -39,7 +39,7 @@ def make_runner(
         reason = _not_worth_it(loaded)
     if reason is None:
         progress("preparing the kernels", None)
-        if options.runner == "auto" and options.weights == "bf16" and not kernels.compiled():
+        if options.runner == "auto" and options.weights == "bf16" and not kernels.load().compiled:
             reason = "its kernels need a C++ compiler"
     if reason is None:
         try:
