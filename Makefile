@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 
-.PHONY: up test lint format bench claims clean
+.PHONY: up test lint format bench bench-serving claims clean
 
 up: $(VENV)/.runtime
 	@exec $(BIN)/anabranch up $(ARGS)
@@ -26,6 +26,9 @@ format: $(VENV)/.development
 
 bench: $(VENV)/.development
 	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-serving: $(VENV)/.development
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 claims: $(VENV)/.development
 	$(BIN)/anabranch claims run $(or $(ARGS),--all)

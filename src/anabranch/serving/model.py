@@ -14,7 +14,8 @@ import queue
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -35,6 +36,7 @@ from anabranch.serving.engine import Engine, StepOutput
 from anabranch.serving.options import EngineOptions
 from anabranch.serving.runner import ModelRunner
 from anabranch.serving.runner.fused import FusedRunner
+from anabranch.serving.runner.memory import return_free_memory
 from anabranch.serving.runner.selection import make_runner
 from anabranch.serving.sequence import Request
 
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from anabranch.models import LoadedModel
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class EngineModel(Model):
@@ -77,12 +81,21 @@ class EngineModel(Model):
         there is one.
         """
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None:
-            dtype = fastest_dtype(models.card(name), target)
-        loaded = models.load(name, dtype=dtype, device=target, progress=progress)
-        return cls.from_loaded(
-            loaded, options=options, served_name=served_name, progress=progress or silent
-        )
+
+        def load() -> EngineModel:
+            loaded = models.load(
+                name,
+                dtype=fastest_dtype(models.card(name), target) if dtype is None else dtype,
+                device=target,
+                progress=progress,
+            )
+            return cls.from_loaded(
+                loaded, options=options, served_name=served_name, progress=progress or silent
+            )
+
+        model = in_passing_thread(load)
+        return_free_memory()  # the runner has what it needs of the loaded weights
+        return model
 
     @classmethod
     def from_loaded(
@@ -295,6 +308,29 @@ class EngineGeneration:
         for index in sorted(self._unfinished):
             self._deltas.put_nowait(OutputDelta(index, finish_reason="abort"))
         self._unfinished.clear()
+
+
+def in_passing_thread(work: Callable[[], Result]) -> Result:
+    """Do work in a thread of its own that is gone afterwards.
+
+    OpenMP keeps worker threads for every thread that ever computed. Once they are more than the
+    cores, idle ones sleep at once instead of waiting a moment for more, which made the engine's
+    thread 1.6 times slower when another thread had loaded the model.
+    """
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # A daemon, so that an interrupt need not wait for a long conversion.
+    thread = threading.Thread(target=run, name="anabranch-load", daemon=True)
+    thread.start()
+    result = outcome.result()
+    thread.join()
+    return result
 
 
 def describe(runner: ModelRunner, loaded: LoadedModel) -> str:

@@ -1,0 +1,1 @@
+"""Anabranch against other serving engines on this machine: ``python -m benchmarks.peers``."""

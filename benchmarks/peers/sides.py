@@ -1,0 +1,73 @@
+"""What is compared, and the settings that each side may choose from.
+
+A side with several settings tries each on a short cell and keeps the fastest on this machine. That
+is mostly the number format: a processor without bfloat16 instructions is often, not always, faster
+in float32. ``anabranch-int8`` is the only side whose weights are not those of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from anabranch import models
+from benchmarks.peers.environments import RECIPES
+
+KV_MEMORY = 2
+"""GiB of keys and values, for the sides that reserve them."""
+MAX_SEQUENCES = 64
+
+
+@dataclass(frozen=True)
+class Side:
+    """``recipe`` names its environment, None for the one that runs the coordinator."""
+
+    name: str
+    driver: str
+    settings: tuple[Mapping[str, Any], ...]
+    recipe: str | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as results show them: without the model's place on this machine."""
+    return {name: value for name, value in settings.items() if name != "model"}
+
+
+def sides(model: str) -> dict[str, Side]:
+    """All sides for a model of Anabranch's library, ours first."""
+    folder = str(models.load(model).path)
+    formats = tuple({"model": folder, "dtype": dtype} for dtype in ("float32", "bfloat16"))
+
+    def ours(weights: str) -> Side:
+        return Side(
+            f"anabranch-{weights}",
+            "anabranch_",
+            ({"model": model, "weights": weights, "kv_memory": KV_MEMORY * 2**30},),
+            # Threads that wait for the next kernel give the core back soon.
+            variables={"GOMP_SPINCOUNT": "20000"},
+        )
+
+    listed = (
+        ours("bf16"),
+        ours("int8"),
+        Side("transformers", "transformers_", formats, "transformers"),
+        Side(
+            "vllm",
+            "vllm_",
+            tuple({**setting, "max_sequences": MAX_SEQUENCES} for setting in formats),
+            "vllm",
+            {
+                "VLLM_CPU_KVCACHE_SPACE": str(KV_MEMORY),
+                "VLLM_CPU_OMP_THREADS_BIND": "auto",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                # Its ahead-of-time cache does not load again: a minute of compiling at each start.
+                "VLLM_USE_AOT_COMPILE": "0",
+                "VLLM_NO_USAGE_STATS": "1",
+                # vLLM's own advice; the library comes with it. Ignored where it is missing.
+                "LD_PRELOAD": str(RECIPES["vllm"].folder / "lib" / "libiomp5.so"),
+            },
+        ),
+    )
+    return {side.name: side for side in listed}
