@@ -197,7 +197,7 @@ def computed_in(model: Model) -> str:
     """The stored number format, and the one that this machine computes in if it is another."""
     stored = model.card.dtype
     actual = getattr(model, "dtype", stored)
-    return stored if actual == stored else f"{stored} computed as {actual}"
+    return actual if actual.startswith(stored) else f"{stored} computed as {actual}"
 
 
 def _local(url: str) -> str:

@@ -336,8 +336,7 @@ def in_passing_thread(work: Callable[[], Result]) -> Result:
 def describe(runner: ModelRunner, loaded: LoadedModel) -> str:
     """The number format that a runner computes in, for people."""
     if isinstance(runner, FusedRunner):
-        weights = "bfloat16" if runner.weights == "bf16" else runner.weights
-        return f"{weights} weights, fused"
+        return f"{'bfloat16' if runner.weights == 'bf16' else runner.weights}, fused"
     return str(loaded.network.dtype).removeprefix("torch.")
 
 
