@@ -361,18 +361,9 @@ void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* va
   int64_t oldest = s.window > 0 ? std::max<int64_t>(0, position - s.window + 1) : 0;
   for (int64_t page = oldest / P; page <= last / P; page++) {
     int64_t at = (kv_head * s.pages + table[page]) * P * D;
-    for (int64_t n = 0; n < rows; n += ROWS) {
 #define CALL(R) score_rows<R>(&q[n * D], keys + at, &scores[n * P], D, P)
-      switch (std::min(ROWS, rows - n)) {
-        case 6: CALL(6); break;
-        case 5: CALL(5); break;
-        case 4: CALL(4); break;
-        case 3: CALL(3); break;
-        case 2: CALL(2); break;
-        default: CALL(1);
-      }
+    FOR_ROW_BLOCKS(rows, CALL)
 #undef CALL
-    }
     for (int64_t r = 0; r < rows; r++) {
       float* row = &scores[r * P];
       int64_t here = position + r / repeats;  // sees keys (here - window, here]
@@ -403,18 +394,9 @@ void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* va
       most[r] = now;
     }
     int64_t seen = std::min(P, last - page * P + 1);
-    for (int64_t n = 0; n < rows; n += ROWS) {
 #define CALL(R) weigh_rows<R>(&scores[n * P], values + at, &acc[n * D], D, P, seen)
-      switch (std::min(ROWS, rows - n)) {
-        case 6: CALL(6); break;
-        case 5: CALL(5); break;
-        case 4: CALL(4); break;
-        case 3: CALL(3); break;
-        case 2: CALL(2); break;
-        default: CALL(1);
-      }
+    FOR_ROW_BLOCKS(rows, CALL)
 #undef CALL
-    }
   }
   for (int64_t r = 0; r < rows; r++) {
     float* to = out + (first + r / repeats) * s.heads * D + (kv_head * repeats + r % repeats) * D;
