@@ -115,8 +115,8 @@ class DeepSpeedFastGen(Claim):
             seeds=seeds,
             note="The verdict is on measured step time; wall time shares this machine with others. "
             "Stream targets (2, 4, 6 tok/s) are the paper's and mean the same share of a lone "
-            "stream's speed here as there. They were settled after a first version fell short: with a "
-            "first token at half the prefill rate and streams at a third of a full step's speed, "
+            "stream's speed here as there. They were settled after a first version fell short: "
+            "with first tokens at half the prefill rate and streams at a third of a full step, "
             "effective throughput was 0.88x.",
         )
 
