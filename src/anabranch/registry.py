@@ -22,6 +22,7 @@ from anabranch.errors import UnknownName
 
 KINDS: dict[str, str] = {
     "claims": "anabranch.claims:Claim",
+    "losses": "anabranch.training.losses:Loss",
     "policies": "anabranch.serving.policies:Policy",
 }
 """Kind -> ``package:BaseClass``. The package (with its modules) is searched for subclasses."""
