@@ -7,7 +7,7 @@ in float32. ``anabranch-int8`` is the only side whose weights are not those of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,18 +40,20 @@ def sides(model: str) -> dict[str, Side]:
     folder = str(models.load(model).path)
     formats = tuple({"model": folder, "dtype": dtype} for dtype in ("float32", "bfloat16"))
 
-    def ours(weights: str) -> Side:
+    def ours(weights: str, kv_caches: Sequence[str]) -> Side:
+        common = {"model": model, "weights": weights, "kv_memory": KV_MEMORY * 2**30}
         return Side(
             f"anabranch-{weights}",
             "anabranch_",
-            ({"model": model, "weights": weights, "kv_memory": KV_MEMORY * 2**30},),
+            tuple({**common, "kv_cache": kv_cache} for kv_cache in kv_caches),
             # Threads that wait for the next kernel give the core back soon.
             variables={"GOMP_SPINCOUNT": "20000"},
         )
 
     listed = (
-        ours("bf16"),
-        ours("int8"),
+        # Keys and values in bfloat16 are what a peer's bfloat16 setting has.
+        ours("bf16", ("fp32", "bf16")),
+        ours("int8", ("bf16",)),
         Side("transformers", "transformers_", formats, "transformers"),
         Side(
             "vllm",

@@ -1,6 +1,6 @@
 """Drives this repository's engine in its own process, as the server does.
 
-Options: ``model`` (a name), ``weights`` (``bf16`` or ``int8``), ``kv_memory`` in bytes.
+Options: ``model`` (a name), ``weights``, ``kv_cache``, ``kv_memory`` in bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from benchmarks.peers.drivers.protocol import Run, Times, drive
 def load(options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     dtype = fastest_dtype(models.card(options["model"]), torch.device("cpu"))
     loaded = models.load(options["model"], dtype=dtype)
-    runner = FusedRunner(loaded.network, loaded.card.context_length, weights=options["weights"])
+    runner = FusedRunner(
+        loaded.network,
+        loaded.card.context_length,
+        weights=options["weights"],
+        kv_cache=options["kv_cache"],
+    )
     del loaded
     engine = Engine(runner, options=EngineOptions(kv_memory=options["kv_memory"]))
 

@@ -19,7 +19,7 @@ from anabranch.models.packaged import DEFAULT
 
 if TYPE_CHECKING:
     from anabranch.models.protocol import Model
-    from anabranch.serving.options import WeightFormat
+    from anabranch.serving.options import CacheFormat, WeightFormat
 
 OPEN_WARNING = "warning: whoever reaches this address can use it; see --api-key-file"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -94,6 +94,12 @@ def up(
         str,
         typer.Option(envvar=_env("weights"), help="bf16, or int8: faster, a little less exact."),
     ] = "bf16",
+    kv_cache: Annotated[
+        str,
+        typer.Option(
+            envvar=_env("kv_cache"), help="Keys and values: auto, fp32, or bf16: half the memory."
+        ),
+    ] = "auto",
     threads: Annotated[
         int | None, typer.Option(envvar=_env("threads"), min=1, help="CPU threads.")
     ] = None,
@@ -148,6 +154,7 @@ def up(
             prefix_reuse=not no_prefix_reuse,
             runner=runner,
             weights=cast("WeightFormat", weights),
+            kv_cache=cast("CacheFormat", kv_cache),
         )
         served: list[Model] = [
             EngineModel.load(model, served_name=name, options=options, dtype=dtype, progress=report)

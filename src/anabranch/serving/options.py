@@ -13,6 +13,7 @@ from anabranch.errors import ConfigurationError, did_you_mean
 GIBIBYTE = 2**30
 RUNNERS = ("auto", "fused", "transformers")
 WeightFormat = Literal["bf16", "int8"]
+CacheFormat = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class EngineOptions:
     streams smoother while prompts arrive. ``kv_memory`` is in bytes. ``max_queue`` is how many
     requests may wait before new ones are refused. ``runner`` is ``auto``, ``fused`` or
     ``transformers``; ``weights`` is how the fused one keeps them: ``bf16``, or ``int8``, which is
-    faster and nearly as good.
+    faster and nearly as good. ``kv_cache`` is how it keeps keys and values: ``auto`` is what the
+    model computes in, or ``bf16`` with ``int8`` weights.
     """
 
     token_budget: int | None = None
@@ -36,9 +38,15 @@ class EngineOptions:
     prefix_reuse: bool = True
     runner: str = "auto"
     weights: WeightFormat = "bf16"
+    kv_cache: CacheFormat = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("runner", RUNNERS), ("weights", get_args(WeightFormat))):
+        choices = {
+            "runner": RUNNERS,
+            "weights": get_args(WeightFormat),
+            "kv_cache": get_args(CacheFormat),
+        }
+        for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigurationError(

@@ -26,7 +26,6 @@ using at::Tensor;
 
 constexpr int64_t LANES = 16;
 constexpr int64_t TILE = 32;       // output channels of a weight tile
-constexpr int64_t ROWS = 6;        // rows that share a tile while it is in registers
 constexpr int64_t GROUP = 64;      // input channels that share an activation scale
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
@@ -34,6 +33,7 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 
 template <typename V, typename T>
 inline V load(const T* from) {
@@ -56,16 +56,30 @@ inline Floats load16(const at::BFloat16* from) {
 inline void store16(float* to, Floats value) { __builtin_memcpy(to, &value, sizeof(value)); }
 inline Floats all(float value) { return value - Floats{}; }  // folds to a broadcast, + would not
 
+// Halves folded onto each other: four steps instead of sixteen.
+template <typename F>
+inline float fold(Floats v, const F& f) {
+  float lanes[LANES];
+  store16(lanes, v);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = f(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
 inline float sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < LANES; i++) total += v[i];
-  return total;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  return fold(v, [](float a, float b) { return a + b; });
+#endif
 }
 
 inline float largest(Floats v) {
-  float value = v[0];
-  for (int i = 1; i < LANES; i++) value = std::max(value, v[i]);
-  return value;
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  return fold(v, [](float a, float b) { return std::max(a, b); });
+#endif
 }
 
 // exp for x <= 0 with a relative error below 2e-7; 0 for -inf. Cephes' polynomial after reducing
@@ -145,59 +159,93 @@ Tensor silu_mul(const Tensor& x) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Linear layers. Weights are packed as [O / 32][K][32], so that a tile is read from start to end.
+// Linear layers. Weights are packed in tiles of 32 output channels that are read from start to end.
+//
+// A tile is multiplied with a block of rows at a time, as many as have their sums in registers; few
+// rows take several tiles at once instead, or each sum would wait for the one before.
 
-template <int R>
-inline void rows_bfloat16(const float* x, const at::BFloat16* w, float* y, int64_t K, int64_t O,
-                          const float* bias) {
-  Floats acc[R][2] = {};
-  for (int64_t k = 0; k < K; k++) {
-    Floats w0 = load16(w + k * TILE), w1 = load16(w + k * TILE + LANES);
-    for (int r = 0; r < R; r++) {
-      Floats a = all(x[r * K + k]);
-      acc[r][0] += a * w0;
-      acc[r][1] += a * w1;
-    }
+// The share of one row block in fetching a stretch of the tiles that come next, so that memory
+// works all the time and not only while the first block passes.
+struct Ahead {
+  int64_t bytes, block, blocks;
+
+  // Fetches the share of `size` bytes from `now` on, in the tiles that come next.
+  inline void fetch(const void* now, int64_t size) const {
+    const char* next = (const char*)now + bytes;
+    for (int64_t i = size * block / blocks & -64; i < size * (block + 1) / blocks; i += 64)
+      __builtin_prefetch(next + i, 0, 2);
   }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++)
-      store16(y + r * O + j * LANES, bias ? acc[r][j] + load16(bias + j * LANES) : acc[r][j]);
+};
+
+// Calls f.template operator()<R, T>(row, tile, ahead): R rows and T tiles, for all rows and the
+// tiles in [begin, end). R <= Rows; R T <= Sums.
+template <int Rows, int Sums, int R = Rows, typename F>
+inline void for_row_block(int64_t rows, int64_t row, int64_t begin, int64_t end, const Ahead& ahead,
+                          const F& f) {
+  if constexpr (R > 1)
+    if (rows < R) return for_row_block<Rows, Sums, R - 1>(rows, row, begin, end, ahead, f);
+  constexpr int T = std::min(4, std::max(1, Sums / R));
+  int64_t tile = begin;
+  for (; tile + T <= end; tile += T) f.template operator()<R, T>(row, tile, ahead);
+  for (; tile < end; tile++) f.template operator()<R, 1>(row, tile, ahead);
 }
 
-// Calls f<1..ROWS>(first) over all rows.
-#define FOR_ROW_BLOCKS(N, CALL)                                 \
-  for (int64_t n = 0; n < (N); n += ROWS) switch (std::min(ROWS, (N)-n)) { \
-      case 6: CALL(6); break;                                   \
-      case 5: CALL(5); break;                                   \
-      case 4: CALL(4); break;                                   \
-      case 3: CALL(3); break;                                   \
-      case 2: CALL(2); break;                                   \
-      default: CALL(1);                                         \
-    }
+// Cuts N rows into blocks of nearly equal size, and tiles of so many bytes into ranges for threads.
+template <int Rows, int Sums, typename F>
+void for_blocks(int64_t N, int64_t tiles, int64_t tile_bytes, const F& f) {
+  int64_t blocks = (N + Rows - 1) / Rows;
+  at::parallel_for(0, (tiles + 3) / 4, 1, [&](int64_t begin, int64_t end) {
+    // Four tiles stay in the cache while all rows pass.
+    for (int64_t four = begin; four < end; four++)
+      for (int64_t i = 0; i < blocks; i++) {
+        int64_t row = N * i / blocks, rows = N * (i + 1) / blocks - row;
+        for_row_block<Rows, Sums>(rows, row, 4 * four, std::min(tiles, 4 * four + 4),
+                                  Ahead{4 * tile_bytes, i, blocks}, f);
+      }
+  });
+}
 
-// x[N, K] float -> y[N, O] float; packed[O / 32, K, 32] bfloat16; O a multiple of 32.
+// x[N, K] float -> y[N, O] float; packed[O / 32, K, 16, 2] bfloat16: the channels c and c + 16 of a
+// tile are the lower and upper half of a word, so that two instructions unpack both.
 Tensor linear_bfloat16(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias) {
   int64_t N = x.size(0), K = x.size(1), tiles = packed.size(0), O = tiles * TILE;
   Tensor y = at::empty({N, O}, x.options());
   const float* X = x.data_ptr<float>();
-  const at::BFloat16* W = packed.data_ptr<at::BFloat16>();
+  const uint16_t* W = (const uint16_t*)packed.data_ptr<at::BFloat16>();
   const float* B = bias ? bias->data_ptr<float>() : nullptr;
   float* Y = y.data_ptr<float>();
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) {
-      const at::BFloat16* w = W + t * K * TILE;
-      const float* b = B ? B + t * TILE : nullptr;
-#define CALL(R) rows_bfloat16<R>(X + n * K, w, Y + n * O + t * TILE, K, O, b)
-      FOR_ROW_BLOCKS(N, CALL)
-#undef CALL
+  for_blocks<12, 12>(N, tiles, K * TILE * 2, [&]<int R, int T>(int64_t row, int64_t tile,
+                                                               const Ahead& ahead) {
+    const float* from = X + row * K;
+    const uint16_t* w = W + tile * K * TILE;
+    Floats acc[R][T][2] = {};
+    for (int64_t start = 0; start < K; start += LANES) {
+      for (int t = 0; t < T; t++) ahead.fetch(w + (t * K + start) * TILE, LANES * TILE * 2);
+      for (int64_t k = start; k < start + LANES; k++)
+        for (int t = 0; t < T; t++) {
+          Words both = load<Words>(w + (t * K + k) * TILE);
+          Floats low = (Floats)(both << 16), high = (Floats)(both & 0xffff0000u);
+          for (int r = 0; r < R; r++) {
+            Floats a = all(from[r * K + k]);
+            acc[r][t][0] += a * low;
+            acc[r][t][1] += a * high;
+          }
+        }
     }
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++)
+        for (int j = 0; j < 2; j++) {
+          int64_t channel = (tile + t) * TILE + j * LANES;
+          store16(Y + (row + r) * O + channel, B ? acc[r][t][j] + load16(B + channel) : acc[r][t][j]);
+        }
   });
   return y;
 }
 
-// One row of activations as int8: symmetric, one scale for each group of 64 channels. `offset` is
-// 128 times the sum of a group's integers: weights are stored unsigned, 128 too high.
-void quantise_row(const float* x, int64_t K, int8_t* q, float* scale, int32_t* offset) {
+// One row of activations as int8: symmetric, one scale for each group of 64 channels. Returns the sum
+// of all integers times their scales: weights are stored unsigned, 128 too high.
+float quantise_row(const float* x, int64_t K, int8_t* q, float* scale) {
+  float total = 0;
   for (int64_t g = 0; g < K / GROUP; g++) {
     const float* a = x + g * GROUP;
     Floats most = {};
@@ -206,15 +254,18 @@ void quantise_row(const float* x, int64_t K, int8_t* q, float* scale, int32_t* o
       most = most > magnitude ? most : magnitude;
     }
     float peak = std::max(largest(most), 1e-30f), inverse = 127.0f / peak;
-    int32_t total = 0;
-    for (int64_t i = 0; i < GROUP; i++) {
-      int32_t value = (int32_t)std::nearbyintf(a[i] * inverse);
-      q[g * GROUP + i] = (int8_t)value;
-      total += value;
+    Floats sums = {};
+    for (int64_t i = 0; i < GROUP; i += LANES) {
+      Floats rounded = load16(a + i) * inverse + 12582912.0f;  // 1.5 * 2^23: no place for fractions
+      rounded -= 12582912.0f;
+      sums += rounded;
+      Bytes bytes = __builtin_convertvector(__builtin_convertvector(rounded, Ints), Bytes);
+      __builtin_memcpy(q + g * GROUP + i, &bytes, sizeof(bytes));
     }
     scale[g] = peak / 127.0f;
-    offset[g] = 128 * total;
+    total += sum(sums) * scale[g];
   }
+  return total;
 }
 
 // acc[32] += w[32][4] (unsigned) . x[4] (signed), the inner step of the integer product.
@@ -229,32 +280,6 @@ inline void dot4(Ints& acc, const uint8_t* w, const int8_t* x) {
 #endif
 }
 
-template <int R>
-inline void rows_int8(const int8_t* x, const float* x_scale, const int32_t* x_offset,
-                      const uint8_t* w, const float* w_scale, float* y, int64_t K, int64_t O,
-                      const float* bias) {
-  int64_t groups = K / GROUP;
-  Floats acc[R][2] = {};
-  for (int64_t g = 0; g < groups; g++) {
-    Ints integers[R][2];
-    for (int r = 0; r < R; r++)
-      integers[r][0] = integers[r][1] = Ints{} - x_offset[r * groups + g];
-    for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 4)
-      for (int r = 0; r < R; r++) {
-        dot4(integers[r][0], w + k * TILE, x + r * K + k);
-        dot4(integers[r][1], w + k * TILE + 64, x + r * K + k);
-      }
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < 2; j++)
-        acc[r][j] += __builtin_convertvector(integers[r][j], Floats) * x_scale[r * groups + g];
-  }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) {
-      Floats value = acc[r][j] * load16(w_scale + j * LANES);
-      store16(y + r * O + j * LANES, bias ? value + load16(bias + j * LANES) : value);
-    }
-}
-
 // x[N, K] float -> y[N, O] float; packed[O / 32, K / 4, 32, 4] uint8; scale[O]; K a multiple of 64.
 Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
                    const std::optional<Tensor>& bias) {
@@ -262,27 +287,49 @@ Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
   int64_t groups = K / GROUP;
   Tensor y = at::empty({N, O}, x.options());
   Tensor quantised = at::empty({N, K}, x.options().dtype(at::kChar));
-  std::vector<float> x_scale(N * groups);
-  std::vector<int32_t> x_offset(N * groups);
+  Tensor scales = at::empty({N, groups + 1}, x.options());  // and 128 times the row's sum
   const float* X = x.data_ptr<float>();
   int8_t* Q = quantised.data_ptr<int8_t>();
+  float* XS = scales.data_ptr<float>();
   at::parallel_for(0, N, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n++)
-      quantise_row(X + n * K, K, Q + n * K, &x_scale[n * groups], &x_offset[n * groups]);
+    for (int64_t n = begin; n < end; n++) {
+      float* row = XS + n * (groups + 1);
+      row[groups] = 128.0f * quantise_row(X + n * K, K, Q + n * K, row);
+    }
   });
   const uint8_t* W = packed.data_ptr<uint8_t>();
   const float* S = scale.data_ptr<float>();
   const float* B = bias ? bias->data_ptr<float>() : nullptr;
   float* Y = y.data_ptr<float>();
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) {
-      const float* b = B ? B + t * TILE : nullptr;
-#define CALL(R)                                                                            \
-  rows_int8<R>(Q + n * K, &x_scale[n * groups], &x_offset[n * groups], W + t * K * TILE,   \
-               S + t * TILE, Y + n * O + t * TILE, K, O, b)
-      FOR_ROW_BLOCKS(N, CALL)
-#undef CALL
+  for_blocks<6, 12>(N, tiles, K * TILE, [&]<int R, int T>(int64_t row, int64_t tile,
+                                                          const Ahead& ahead) {
+    const int8_t* from = Q + row * K;
+    const float* x_scale = XS + row * (groups + 1);
+    const uint8_t* w = W + tile * K * TILE;
+    Floats acc[R][T][2] = {};
+    for (int64_t g = 0; g < groups; g++) {
+      Ints integers[R][T][2] = {};
+      for (int t = 0; t < T; t++) ahead.fetch(w + (t * K + g * GROUP) * TILE, GROUP * TILE);
+      for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 4)
+        for (int t = 0; t < T; t++)
+          for (int r = 0; r < R; r++) {
+            const uint8_t* at = w + (t * K + k) * TILE;
+            dot4(integers[r][t][0], at, from + r * K + k);
+            dot4(integers[r][t][1], at + 64, from + r * K + k);
+          }
+      for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++)
+          for (int j = 0; j < 2; j++)
+            acc[r][t][j] += __builtin_convertvector(integers[r][t][j], Floats) *
+                            x_scale[r * (groups + 1) + g];
     }
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++)
+        for (int j = 0; j < 2; j++) {
+          int64_t channel = (tile + t) * TILE + j * LANES;
+          Floats value = (acc[r][t][j] - x_scale[r * (groups + 1) + groups]) * load16(S + channel);
+          store16(Y + (row + r) * O + channel, B ? value + load16(B + channel) : value);
+        }
   });
   return y;
 }
@@ -306,35 +353,82 @@ void rotate(float* head, const float* cosine, const float* sine, int64_t D, cons
   }
 }
 
-template <int R, typename Cache>
-inline void score_rows(const float* q, const Cache* keys, float* scores, int64_t D, int64_t P) {
-  for (int64_t j = 0; j < P; j += LANES) {
-    Floats acc[R] = {};
-    for (int64_t d = 0; d < D; d++) {
-      Floats k = load16(keys + d * P + j);
-      for (int r = 0; r < R; r++) acc[r] += k * q[r * D + d];
-    }
-    for (int r = 0; r < R; r++) store16(scores + r * P + j, acc[r]);
+// scores[r][P] of R queries for the keys of a page. Even and odd channels are summed apart: two
+// short chains of additions instead of a long one.
+template <int R, int V, typename Cache>
+inline void score_page(const float* q, const Cache* keys, float* scores, int64_t stride, int64_t D,
+                       int64_t P) {
+  for (int64_t j = 0; j < P; j += V * LANES) {
+    Floats even[R][V] = {}, odd[R][V] = {};
+    for (int64_t d = 0; d < D; d += 2)
+      for (int v = 0; v < V; v++) {
+        const Cache* at = keys + d * P + j + v * LANES;
+        Floats k0 = load16(at), k1 = load16(at + P);
+        for (int r = 0; r < R; r++) {
+          even[r][v] += k0 * q[r * D + d];
+          odd[r][v] += k1 * q[r * D + d + 1];
+        }
+      }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) store16(scores + r * stride + j + v * LANES, even[r][v] + odd[r][v]);
   }
 }
 
-template <int R, typename Cache>
-inline void weigh_rows(const float* weights, const Cache* values, float* acc, int64_t D, int64_t P,
-                       int64_t count) {
-  for (int64_t d = 0; d < D; d += 2 * LANES) {
-    Floats a[R][2];
+// acc[r][D] += weights[r] . values of the first `count` keys of a page.
+template <int R, int V, typename Cache>
+inline void weigh_page(const float* weights, const Cache* values, float* acc, int64_t stride,
+                       int64_t D, int64_t count) {
+  for (int64_t d = 0; d < D; d += V * LANES) {
+    Floats a[R][V];
     for (int r = 0; r < R; r++)
-      for (int j = 0; j < 2; j++) a[r][j] = load16(acc + r * D + d + j * LANES);
-    for (int64_t k = 0; k < count; k++) {
-      Floats v0 = load16(values + k * D + d), v1 = load16(values + k * D + d + LANES);
-      for (int r = 0; r < R; r++) {
-        a[r][0] += v0 * weights[r * P + k];
-        a[r][1] += v1 * weights[r * P + k];
+      for (int v = 0; v < V; v++) a[r][v] = load16(acc + r * D + d + v * LANES);
+    for (int64_t k = 0; k < count; k++)
+      for (int v = 0; v < V; v++) {
+        Floats value = load16(values + k * D + d + v * LANES);
+        for (int r = 0; r < R; r++) a[r][v] += value * weights[r * stride + k];
       }
-    }
     for (int r = 0; r < R; r++)
-      for (int j = 0; j < 2; j++) store16(acc + r * D + d + j * LANES, a[r][j]);
+      for (int v = 0; v < V; v++) store16(acc + r * D + d + v * LANES, a[r][v]);
   }
+}
+
+// Calls f.template operator()<R>(first) for blocks of at most Most rows.
+template <int Most, int R = Most, typename F>
+inline void for_rows(int64_t rows, const F& f, int64_t first = 0) {
+  for (; rows - first >= R; first += R) f.template operator()<R>(first);
+  if constexpr (R > 1)
+    if (first < rows) for_rows<Most, R - 1>(rows, f, first);
+}
+
+// Scores of one row and block of keys -> weights, after shrinking what was summed before. Keys
+// [start, stop) of the first `width` are visible.
+void soften(float* scores, int64_t start, int64_t stop, int64_t width, float* acc, int64_t D,
+            float& most, float& total) {
+  if (start >= stop) {
+    std::fill(scores, scores + width, 0.0f);
+    return;
+  }
+  std::fill(scores, scores + start, NEGATIVE_INFINITY);
+  std::fill(scores + stop, scores + width, NEGATIVE_INFINITY);
+  int64_t end = (stop + LANES - 1) / LANES * LANES;
+  Floats peaks = all(most);
+  for (int64_t j = 0; j < end; j += LANES) {
+    Floats v = load16(scores + j);
+    peaks = peaks > v ? peaks : v;
+  }
+  float peak = largest(peaks);
+  Floats sums = {};
+  for (int64_t j = 0; j < end; j += LANES) {
+    Floats e = exp16(load16(scores + j) - peak);
+    store16(scores + j, e);
+    sums += e;
+  }
+  std::fill(scores + end, scores + width, 0.0f);
+  float shrink = std::exp(most - peak);
+  total = total * shrink + sum(sums);
+  if (shrink != 1.0f)
+    for (int64_t d = 0; d < D; d += LANES) store16(acc + d, load16(acc + d) * shrink);
+  most = peak;
 }
 
 struct Shape {
@@ -343,6 +437,7 @@ struct Shape {
 };
 
 constexpr int64_t QUERIES = 24;  // query rows (positions x heads of a group) of one task
+constexpr int64_t KEYS = 256;    // keys that are softened together, from a multiple of 256 on
 
 // Attention of `count` positions of one sequence, starting at packed row `first`, for one key head.
 template <typename Cache>
@@ -350,57 +445,62 @@ void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* va
             const int64_t* table, int64_t first, int64_t position, int64_t count, int64_t kv_head,
             float* out) {
   int64_t repeats = s.heads / s.kv_heads, rows = count * repeats, D = s.D, P = s.P;
-  int64_t width = (s.heads + 2 * s.kv_heads) * D;
-  std::vector<float> q(rows * D), acc(rows * D, 0.0f), scores(rows * P);
-  std::vector<float> most(rows, NEGATIVE_INFINITY), total(rows, 0.0f);
+  int64_t width = (s.heads + 2 * s.kv_heads) * D, block = std::max<int64_t>(1, KEYS / P);
+  int64_t stride = block * P;
+  static thread_local std::vector<float> scratch;
+  scratch.resize(rows * (2 * D + stride + 2));
+  float *q = scratch.data(), *acc = q + rows * D, *scores = acc + rows * D;
+  float *most = scores + rows * stride, *total = most + rows;
+  std::fill(acc, acc + rows * D, 0.0f);
+  std::fill(most, most + rows, NEGATIVE_INFINITY);
+  std::fill(total, total + rows, 0.0f);
   for (int64_t r = 0; r < rows; r++) {
     const float* from = qkv + (first + r / repeats) * width + (kv_head * repeats + r % repeats) * D;
-    for (int64_t d = 0; d < D; d += LANES) store16(&q[r * D + d], load16(from + d) * s.scale);
+    for (int64_t d = 0; d < D; d += LANES) store16(q + r * D + d, load16(from + d) * s.scale);
   }
-  int64_t last = position + count - 1;
+  // Pages lie anywhere: while one is read, the next is fetched.
+  auto keys_of = [&](int64_t page) { return keys + (kv_head * s.pages + table[page]) * P * D; };
+  auto values_of = [&](int64_t page) { return values + (kv_head * s.pages + table[page]) * P * D; };
+  auto fetch = [&](const Cache* page) {
+    for (int64_t i = 0; i < P * D; i += 64 / sizeof(Cache)) __builtin_prefetch(page + i, 0, 2);
+  };
+  int64_t pages = (position + count - 1) / P + 1;
   int64_t oldest = s.window > 0 ? std::max<int64_t>(0, position - s.window + 1) : 0;
-  for (int64_t page = oldest / P; page <= last / P; page++) {
-    int64_t at = (kv_head * s.pages + table[page]) * P * D;
-#define CALL(R) score_rows<R>(&q[n * D], keys + at, &scores[n * P], D, P)
-    FOR_ROW_BLOCKS(rows, CALL)
-#undef CALL
-    for (int64_t r = 0; r < rows; r++) {
-      float* row = &scores[r * P];
-      int64_t here = position + r / repeats;  // sees keys (here - window, here]
-      int64_t stop = std::min(P, here - page * P + 1);
-      int64_t start = s.window > 0 ? std::max<int64_t>(0, here - s.window + 1 - page * P) : 0;
-      if (start >= stop) {
-        std::fill(row, row + P, 0.0f);
-        continue;
-      }
-      std::fill(row, row + start, NEGATIVE_INFINITY);
-      std::fill(row + stop, row + P, NEGATIVE_INFINITY);
-      Floats peak = load16(row);
-      for (int64_t j = LANES; j < P; j += LANES) {
-        Floats v = load16(row + j);
-        peak = peak > v ? peak : v;
-      }
-      float now = std::max(most[r], largest(peak));
-      Floats sums = {};
-      for (int64_t j = 0; j < P; j += LANES) {
-        Floats e = exp16(load16(row + j) - now);
-        store16(row + j, e);
-        sums += e;
-      }
-      float shrink = std::exp(most[r] - now);
-      total[r] = total[r] * shrink + sum(sums);
-      for (int64_t d = 0; d < D; d += LANES)
-        store16(&acc[r * D + d], load16(&acc[r * D + d]) * shrink);
-      most[r] = now;
+  for (int64_t base = oldest / stride * block; base < pages; base += block) {
+    int64_t end = std::min(pages, base + block), seen = (end - base) * P;
+    for (int64_t page = base; page < end; page++) {
+      const Cache* at = keys_of(page);
+      fetch(page + 1 < end ? keys_of(page + 1) : values_of(base));
+      for_rows<6>(rows, [&]<int R>(int64_t r) {
+        float* to = scores + r * stride + (page - base) * P;
+        if (P % (2 * LANES) == 0)
+          score_page<R, 2>(q + r * D, at, to, stride, D, P);
+        else
+          score_page<R, 1>(q + r * D, at, to, stride, D, P);
+      });
     }
-    int64_t seen = std::min(P, last - page * P + 1);
-#define CALL(R) weigh_rows<R>(&scores[n * P], values + at, &acc[n * D], D, P, seen)
-    FOR_ROW_BLOCKS(rows, CALL)
-#undef CALL
+    for (int64_t r = 0; r < rows; r++) {
+      int64_t here = position + r / repeats - base * P;  // sees keys (here - window, here]
+      int64_t start = s.window > 0 ? std::max<int64_t>(0, here - s.window + 1) : 0;
+      soften(scores + r * stride, std::min(start, seen), std::min(seen, here + 1), seen,
+             acc + r * D, D, most[r], total[r]);
+    }
+    for (int64_t page = base; page < end; page++) {
+      const Cache* at = values_of(page);
+      if (page + 1 < pages) fetch(page + 1 < end ? values_of(page + 1) : keys_of(page + 1));
+      int64_t visible = std::min(P, position + count - page * P);
+      for_rows<6>(rows, [&]<int R>(int64_t r) {
+        const float* weights = scores + r * stride + (page - base) * P;
+        if (R <= 3 && D % (4 * LANES) == 0)
+          weigh_page<R, 4>(weights, at, acc + r * D, stride, D, visible);
+        else
+          weigh_page<R, 2>(weights, at, acc + r * D, stride, D, visible);
+      });
+    }
   }
   for (int64_t r = 0; r < rows; r++) {
     float* to = out + (first + r / repeats) * s.heads * D + (kv_head * repeats + r % repeats) * D;
-    for (int64_t d = 0; d < D; d += LANES) store16(to + d, load16(&acc[r * D + d]) / total[r]);
+    for (int64_t d = 0; d < D; d += LANES) store16(to + d, load16(acc + r * D + d) / total[r]);
   }
 }
 

@@ -30,8 +30,11 @@ def silu_mul(x: Tensor) -> Tensor:
 
 
 def linear_bfloat16(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """``[N, K] -> [N, O]`` with weights ``[O / 32, K, 32]``, multiplied in single precision."""
-    weight = packed.transpose(1, 2).flatten(0, 1).float()  # [O, K]
+    """``[N, K] -> [N, O]``, multiplied in single precision.
+
+    Weights are ``[O / 32, K, 16, 2]``: channel c of a tile is at ``[c % 16, c // 16]``.
+    """
+    weight = packed.permute(0, 3, 2, 1).flatten(0, 2).float()  # [O, K]
     return F.linear(x, weight, bias)
 
 

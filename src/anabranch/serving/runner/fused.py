@@ -25,7 +25,7 @@ from anabranch.errors import ModelUnsupported
 from anabranch.serving import kernels
 from anabranch.serving.batch import PackedBatch, PageCopy, StepPlan, StepResult, pack
 from anabranch.serving.kernels.reference import GROUP, TILE
-from anabranch.serving.options import WeightFormat
+from anabranch.serving.options import CacheFormat, WeightFormat
 from anabranch.serving.runner.memory import zeros
 from anabranch.serving.runner.probe import num_pages, probe_plans, probe_prompt
 from anabranch.serving.sequence import Request, Segment
@@ -45,8 +45,8 @@ class FusedRunner:
     """Takes the weights of a loaded model; the model itself can be dropped afterwards.
 
     ``weights`` is how they are kept: ``bf16`` (16 bits, exact for a bfloat16 model) or ``int8`` (a
-    scale for each output row). Raises :class:`ModelUnsupported` for anything it would not compute
-    as the model does.
+    scale for each output row). ``kv_cache`` is as in :class:`EngineOptions`. Raises
+    :class:`ModelUnsupported` for anything it would not compute as the model does.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class FusedRunner:
         context_length: int,
         page_size: int = 32,
         weights: WeightFormat = "bf16",
+        kv_cache: CacheFormat = "auto",
     ) -> None:
         reason = unsuitable(model, page_size, weights)
         if reason:
@@ -77,7 +78,9 @@ class FusedRunner:
         with torch.inference_mode():
             self._head = PackedLinear.of([model.get_output_embeddings()], weights, self._ops)
             self._layers = [self._pack_layer(layer) for layer in base.layers]
-        self._cache_dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
+        exact = model.dtype == torch.float32 and weights == "bf16"
+        single = exact if kv_cache == "auto" else kv_cache == "fp32"
+        self._cache_dtype = torch.float32 if single else torch.bfloat16
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         element = self._cache_dtype.itemsize
@@ -227,7 +230,8 @@ class FusedRunner:
         # Relative to the spread of the logits. Eight bits are not exact: their quality is
         # measured elsewhere, this only finds a wrong layout or a missing term.
         difference = float((result.logits[0] - expected).abs().max() / expected.std())
-        tolerance = 1.5 if self.weights == "int8" else 0.01 if model.dtype == torch.float32 else 0.5
+        exact = model.dtype == torch.float32 and self._cache_dtype == torch.float32
+        tolerance = 1.5 if self.weights == "int8" else 0.01 if exact else 0.5
         if not difference <= tolerance:
             raise ModelUnsupported(
                 f"{_name(model)} does not fit the fused runner: its logits differ by "
@@ -259,7 +263,7 @@ class PackedLinear:
             bias = nn.functional.pad(bias, (0, padding))
         weight = nn.functional.pad(weight, (0, 0, 0, padding))
         if weights == "bf16":
-            tiles = weight.bfloat16().unflatten(0, (-1, TILE)).transpose(1, 2)
+            tiles = weight.bfloat16().unflatten(0, (-1, 2, TILE // 2)).permute(0, 3, 2, 1)
             return cls(tiles.contiguous(), None, bias, width, ops)
         scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
         integers = (weight / scale[:, None]).round() + 128

@@ -32,6 +32,8 @@ def make_runner(
     if options.runner == "transformers":
         if options.weights != "bf16":
             raise ConfigurationError(f"weights={options.weights} needs runner=fused (or auto)")
+        if options.kv_cache != "auto":
+            raise ConfigurationError(f"kv_cache={options.kv_cache} needs runner=fused (or auto)")
         return TransformersRunner(network, context, options.page_size)
 
     reason = unsuitable(network, options.page_size, options.weights)
@@ -43,13 +45,15 @@ def make_runner(
             reason = "its kernels need a C++ compiler"
     if reason is None:
         try:
-            return FusedRunner(network, context, options.page_size, options.weights)
+            return FusedRunner(
+                network, context, options.page_size, options.weights, options.kv_cache
+            )
         except ModelUnsupported as error:
             reason = str(error)
-    if options.runner == "fused" or options.weights != "bf16":
+    if options.runner == "fused" or options.weights != "bf16" or options.kv_cache != "auto":
         raise ConfigurationError(
-            f"{loaded.name} cannot run with runner={options.runner}, weights={options.weights}: "
-            f"{reason}"
+            f"{loaded.name} cannot run with runner={options.runner}, weights={options.weights}, "
+            f"kv_cache={options.kv_cache}: {reason}"
         )
     logger.info("using the transformers runner: %s", reason)
     return TransformersRunner(network, context, options.page_size)
