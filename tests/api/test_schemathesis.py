@@ -56,6 +56,7 @@ def test_document_names_every_route_and_body() -> None:
     assert set(document["paths"]) == {
         "/v1/models",
         "/v1/models/{model}",
+        "/v1/adapters",
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/embeddings",

@@ -64,6 +64,7 @@ def install(app: FastAPI, has_keys: bool) -> None:
                 schemas.ChatCompletionRequest,
                 schemas.CompletionRequest,
                 schemas.EmbeddingRequest,
+                schemas.AdapterRequest,
             ]
             _, definitions = models_json_schema(
                 [(body, "validation") for body in bodies], ref_template=REFERENCE

@@ -155,6 +155,14 @@ class ModelItem(BaseModel):
     card: dict[str, Any]
 
 
+class DeletedModel(BaseModel):
+    """An adapter that is no longer served."""
+
+    id: str
+    object: Literal["model"]
+    deleted: bool
+
+
 class ModelList(BaseModel):
     """The answer to ``GET /v1/models``."""
 

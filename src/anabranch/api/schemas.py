@@ -183,3 +183,17 @@ class EmbeddingRequest(Strict):
         None, ge=1, le=2**31 - 1, description="Accepted when it is the model's own size."
     )
     user: str | None = Field(None, description="Accepted; no effect.")
+
+
+class AdapterRequest(Strict):
+    """An adapter to be served as ``model:adapter``."""
+
+    model: str = Field(description="The base model, by the name under which it is served.")
+    adapter: str = Field(min_length=1, max_length=100, description="The name to serve it under.")
+    source: str | None = Field(
+        None,
+        min_length=1,
+        max_length=255,
+        description="A folder's name in the server's folder of adapters; the same as `adapter` "
+        "if absent.",
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from anabranch.api.metrics import Metrics
-from anabranch.errors import ConfigurationError, ModelNotFound, did_you_mean
+from anabranch.errors import ConfigurationError, InvalidRequest, ModelNotFound, did_you_mean
+from anabranch.models import cache
 from anabranch.models.protocol import Model
 
 
@@ -18,11 +19,13 @@ class ServerOptions:
 
     With ``api_keys`` every path except ``/health`` and ``/metrics`` needs one of them as a bearer
     token. ``ping_seconds``: how long a stream may be silent before a comment keeps it alive.
+    ``adapters`` is the folder whose subfolders clients may load as adapters.
     """
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 1024 * 1024
     ping_seconds: float = 15.0
+    adapters: Path = field(default_factory=lambda: cache.root() / "adapters")
 
 
 class Service:
@@ -43,14 +46,35 @@ class Service:
         self.startup_error: BaseException | None = None
 
     def model(self, name: str) -> Model:
-        """The model served under exactly this name; :class:`ModelNotFound` otherwise."""
+        """The model served under exactly this name; :class:`ModelNotFound` otherwise.
+
+        ``model:adapter`` is a model with one of its adapters.
+        """
         if name in self.models:
             return self.models[name]
-        hint = did_you_mean(name, self.models)
+        base, _, adapter = name.rpartition(":")
+        if base in self.models:
+            return self.models[base].variant(adapter)
+        served = [model.name for model in self.listed()]
+        hint = did_you_mean(name, served)
         shown = name if len(name) <= 100 else name[:97] + "..."
-        raise ModelNotFound(
-            f"model: {shown!r} is not served here{hint}; served: {', '.join(self.models)}"
-        )
+        raise ModelNotFound(f"model: {shown!r} is not served here{hint}; served: {shorten(served)}")
+
+    def listed(self) -> list[Model]:
+        """All models, each followed by its variants."""
+        return [m for model in self.models.values() for m in (model, *model.variants())]
+
+    def adapter_folder(self, name: str) -> Path:
+        """Where the adapter of this name lies; a client cannot name other folders."""
+        if not name or name != Path(name).name or name.startswith("."):
+            raise InvalidRequest("adapter", f"{name[:100]!r} is no name of a folder")
+        return self.options.adapters / name
+
+
+def shorten(names: Sequence[str], most: int = 20) -> str:
+    """The names for a message, not all if they are very many."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -103,6 +104,20 @@ def up(
     threads: Annotated[
         int | None, typer.Option(envvar=_env("threads"), min=1, help="CPU threads.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=FOLDER]",
+            help="An adapter to serve as MODEL:NAME; may be repeated. Without a folder: one that "
+            "a recipe has deployed under this name.",
+        ),
+    ] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=_env("adapters"), help="Folder whose adapters clients may load by name."
+        ),
+    ] = None,
     embedding_model: Annotated[
         str | None,
         typer.Option(envvar=_env("embedding_model"), help="A sentence encoder to serve as well."),
@@ -129,6 +144,10 @@ def up(
     from anabranch.api import ServerOptions, bind, create_app, read_api_keys, serve
 
     keys = read_api_keys(api_key_file) if api_key_file else ()
+    server_options = ServerOptions(api_keys=keys)
+    if adapters is not None:
+        server_options = replace(server_options, adapters=adapters)
+    folders = [_named_folder(text, server_options.adapters) for text in adapter or ()]
     listener = bind(host, port)
     with progress() as report:
         report("importing torch", None)
@@ -156,19 +175,30 @@ def up(
             weights=cast("WeightFormat", weights),
             kv_cache=cast("CacheFormat", kv_cache),
         )
-        served: list[Model] = [
-            EngineModel.load(model, served_name=name, options=options, dtype=dtype, progress=report)
-        ]
+        base = EngineModel.load(
+            model, served_name=name, options=options, dtype=dtype, progress=report
+        )
+        served: list[Model] = [base]
+        for adapter_name, folder in folders:
+            report(f"loading the adapter {adapter_name}", None)
+            base.load_adapter(adapter_name, folder)
         if embedding_model is not None:
             report(f"loading {embedding_model}", None)
             served.append(models.load_encoder(embedding_model))
-    app = create_app(served, ServerOptions(api_keys=keys))
+    app = create_app(served, server_options)
 
     def on_listening(url: str) -> None:
         announce(served, url, needs_key=bool(keys))
 
     status = serve(app, listener, drain_timeout=drain_timeout, on_listening=on_listening)
     raise typer.Exit(status)
+
+
+def _named_folder(text: str, deployed: Path) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not name or bool(equals) != bool(folder):
+        raise typer.BadParameter(f"{text!r}; write --adapter NAME=FOLDER")
+    return name, Path(folder) if folder else deployed / name
 
 
 def announce(served: list[Model], url: str, needs_key: bool) -> None:
@@ -183,6 +213,7 @@ def announce(served: list[Model], url: str, needs_key: bool) -> None:
             card.licence,
         ]
         lines.append(f"model    {model.name} ({', '.join(facts)})")
+        lines += [f"adapter  {variant.name}" for variant in model.variants()]
         memory = getattr(model, "kv_memory", None)
         if memory is not None:
             lines.append(f"memory   {bytes_text(memory)} for keys and values")

@@ -75,7 +75,7 @@ class Stamp:
 class Record:
     """What ``anabranch.json`` says. ``files`` are the sizes in bytes of the model's files."""
 
-    kind: Literal["conversion", "download"]
+    kind: Literal["conversion", "download", "training"]
     card: ModelCard
     files: dict[str, int]
     source: Stamp | None = None

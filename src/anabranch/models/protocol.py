@@ -11,9 +11,10 @@ import math
 from abc import ABC
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from anabranch.errors import InvalidRequest
+from anabranch.errors import InvalidRequest, ModelNotFound
 from anabranch.models.card import ModelCard
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -175,6 +176,25 @@ class Model(ABC):
     async def embed(self, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
         """One vector of unit length for each text, in order."""
         raise self._cannot("compute embeddings")
+
+    def variants(self) -> list[Model]:
+        """This model with each of its adapters, under the names ``model:adapter``."""
+        return []
+
+    def variant(self, adapter: str) -> Model:
+        """This model with one adapter; :class:`ModelNotFound` if it has none so named."""
+        raise ModelNotFound(f"model: {self.name!r} has no adapter {adapter[:100]!r}")
+
+    async def add_adapter(self, name: str, folder: Path) -> Model:
+        """Load an adapter, or a new version of one, from a PEFT folder; returns the variant.
+
+        Raises :class:`AdapterError` if it does not fit; what was served before is still served.
+        """
+        raise self._cannot("take adapters")
+
+    async def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that run on it finish."""
+        raise self._cannot("take adapters")
 
     def _cannot(self, what: str) -> InvalidRequest:
         return InvalidRequest("model", f"{self.name!r} cannot {what}")

@@ -7,8 +7,10 @@ behind the API, a simulation runs it on predicted time.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from anabranch import registry
 from anabranch.errors import ConfigurationError, InvalidRequest, RequestTooLong
 from anabranch.models.protocol import ModelStatistics, OutputDelta
 from anabranch.planning import CostModel
+from anabranch.serving.adapters import AdapterCheckpoint, ServedAdapter
 from anabranch.serving.batch import StepPlan, StepResult
 from anabranch.serving.kv_cache import KVCacheManager
 from anabranch.serving.options import EngineOptions
@@ -81,6 +84,8 @@ class Engine:
         self._clock = clock
         self._output = OutputBuilder(tokenizer, frozenset(end_tokens))
         self._requests: dict[str, list[Sequence]] = {}
+        self._adapters: set[ServedAdapter] = set()
+        self._adapter_users: Counter[ServedAdapter] = Counter()
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
 
     def check(self, request: Request) -> None:
@@ -91,6 +96,8 @@ class Engine:
             raise InvalidRequest("prompt", "must have at least one token")
         if not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
             raise InvalidRequest("prompt", f"token ids must be between 0 and {vocabulary - 1}")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise InvalidRequest("model", f"the adapter {request.adapter.name!r} was removed")
         limit = self.max_context if request.pooling else self.max_context - 1
         if length > limit:
             raise RequestTooLong(
@@ -132,12 +139,15 @@ class Engine:
         ]
         choices[0].siblings = choices[1:]
         self._requests[request.id] = choices
+        if request.adapter is not None:
+            self._adapter_users[request.adapter] += 1
         self._prompt_tokens += len(request.prompt)
         self.scheduler.add(choices[0])
 
     def abort(self, request_id: str) -> None:
         """Stop a request and free its pages now. Harmless if it is not running."""
-        for sequence in self._requests.pop(request_id, ()):
+        choices = self._forget(request_id)
+        for sequence in choices:
             sequence.finish_reason = sequence.finish_reason or "abort"
             self.scheduler.remove(sequence)
 
@@ -152,6 +162,23 @@ class Engine:
         for name in list(self._requests):
             self.abort(name)
         return outputs
+
+    def add_adapter(
+        self, name: str, checkpoint: AdapterCheckpoint, version: int = 1
+    ) -> ServedAdapter:
+        """Make an adapter ready for requests. Raises :class:`AdapterError` if it does not fit."""
+        handle, memory = self._runner.add_adapter(checkpoint)
+        identity = f"{name}@{version}/{checkpoint.fingerprint}"
+        key = hashlib.blake2b(identity.encode(), digest_size=16).digest()
+        adapter = ServedAdapter(name, version, key, memory, handle)
+        self._adapters.add(adapter)
+        return adapter
+
+    def remove_adapter(self, adapter: ServedAdapter) -> None:
+        """Take no new requests on it; its memory is free once those that run have finished."""
+        if adapter in self._adapters:
+            self._adapters.remove(adapter)
+            self._drop_unused(adapter)
 
     def generate(self, requests: SequenceOf[Request]) -> dict[str, list[list[int]]]:
         """Run requests to the end. Returns the token ids of each request's choices."""
@@ -313,7 +340,20 @@ class Engine:
         self.scheduler.remove(sequence)
         choices = self._requests.get(sequence.request.id, [])
         if all(choice.finish_reason is not None for choice in choices):
-            self._requests.pop(sequence.request.id, None)
+            self._forget(sequence.request.id)
+
+    def _forget(self, request_id: str) -> list[Sequence]:
+        choices = self._requests.pop(request_id, [])
+        adapter = choices[0].request.adapter if choices else None
+        if adapter is not None:
+            self._adapter_users[adapter] -= 1
+            self._drop_unused(adapter)
+        return choices
+
+    def _drop_unused(self, adapter: ServedAdapter) -> None:
+        if adapter not in self._adapters and not self._adapter_users[adapter]:
+            del self._adapter_users[adapter]
+            self._runner.remove_adapter(adapter.handle)
 
     def _context_name(self) -> str:
         if self.max_context < self.cache.capacity:

@@ -8,6 +8,8 @@ same beginning shares them:
     pages    [       7        |       2        |  9  ]
     keys     [ h(root, page)  | h(key0, page)  |  -  ]     only full pages have a key
 
+The root is the adapter's version, because keys and values depend on it.
+
 A page is free, owned by one or more sequences, or *cached*: owned by nobody, its content still
 named. Cached pages are handed out again, least recently used first, when no free one is left.
 """
@@ -191,6 +193,7 @@ class KVCacheManager:
         while len(keys) <= index:
             start = len(keys) * self.page_size
             tokens = array("q", sequence.tokens[start : start + self.page_size])
-            previous = keys[-1] if keys else b""
+            adapter = sequence.request.adapter
+            previous = keys[-1] if keys else adapter.key if adapter else b""
             keys.append(hashlib.blake2b(previous + tokens.tobytes(), digest_size=16).digest())
         return keys[index]

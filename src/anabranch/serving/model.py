@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import queue
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -32,6 +35,7 @@ from anabranch.models.protocol import (
     OutputDelta,
     SamplingParameters,
 )
+from anabranch.serving.adapters import AdapterBank, AdapterCheckpoint, ServedAdapter
 from anabranch.serving.engine import Engine, StepOutput
 from anabranch.serving.options import EngineOptions
 from anabranch.serving.runner import ModelRunner
@@ -63,6 +67,7 @@ class EngineModel(Model):
         self._num_sent = 0  # requests, counted by the event loop
         self._num_taken = 0  # the same requests, counted by the engine's thread
         self._thread: threading.Thread | None = None
+        self.adapters = AdapterBank(self._attach, self._detach)
 
     @classmethod
     def load(
@@ -148,8 +153,32 @@ class EngineModel(Model):
         """Load and totals of the engine."""
         return self.engine.statistics()
 
+    def variants(self) -> list[Model]:
+        """This model with each of its adapters."""
+        return [self.variant(card.name) for card in self.adapters.cards()]
+
+    def variant(self, adapter: str) -> AdaptedModel:
+        """This model with one of its adapters; :class:`ModelNotFound` if it has none so named."""
+        return AdaptedModel(self, adapter)
+
+    async def add_adapter(self, name: str, folder: Path) -> AdaptedModel:
+        """Load an adapter, or a new version of one."""
+        await self.adapters.load(name, folder)
+        return self.variant(name)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """The same as :meth:`add_adapter` before the model is started."""
+        in_passing_thread(lambda: asyncio.run(self.adapters.load(name, folder)))
+
+    async def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that run on it finish."""
+        self.adapters.unregister(name)
+
     async def chat(
-        self, messages: Sequence[Message], sampling: SamplingParameters
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParameters,
+        adapter: str | None = None,
     ) -> EngineGeneration:
         """Apply the model's chat template and generate."""
         if getattr(self._tokenizer, "chat_template", None) is None:
@@ -158,21 +187,29 @@ class EngineModel(Model):
                 f"{self.name!r} has no chat template; use /v1/completions with a plain prompt",
             )
         self._refuse_hopeless(sum(len(str(m.get("content"))) for m in messages), "messages")
-        return self._submit(await asyncio.to_thread(self._render, messages), sampling)
+        prompt = await asyncio.to_thread(self._render, messages)
+        return self._submit(prompt, sampling, await self._acquire(adapter))
 
     async def complete(
-        self, prompt: str | Sequence[int], sampling: SamplingParameters
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParameters,
+        adapter: str | None = None,
     ) -> EngineGeneration:
         """Continue a text or token ids."""
-        return self._submit(await self._tokenize(prompt, "prompt"), sampling)
+        tokens = await self._tokenize(prompt, "prompt")
+        return self._submit(tokens, sampling, await self._acquire(adapter))
 
-    async def embed(self, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
+    async def embed(
+        self, texts: Sequence[str | Sequence[int]], adapter: str | None = None
+    ) -> list[Embedding]:
         """Mean of the last hidden states over each text's tokens, scaled to unit length."""
         prompts = [await self._tokenize(text, "input") for text in texts]
         pending: list[EngineGeneration] = []
         try:
             for prompt in prompts:
-                pending.append(self._submit(prompt, SamplingParameters(), pooling=True))
+                served = await self._acquire(adapter)
+                pending.append(self._submit(prompt, SamplingParameters(), served, pooling=True))
             return [Embedding(await each.vector(), each.prompt_tokens) for each in pending]
         finally:
             for generation in pending:
@@ -184,11 +221,15 @@ class EngineModel(Model):
             self._inbox.put(lambda: self.engine.abort(request_id))
 
     def _submit(
-        self, prompt: Sequence[int], sampling: SamplingParameters, pooling: bool = False
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParameters,
+        adapter: ServedAdapter | None,
+        pooling: bool = False,
     ) -> EngineGeneration:
         if self._thread is None:
             raise Draining("the model is not running")
-        request = Request(uuid.uuid4().hex, prompt, sampling, pooling)
+        request = Request(uuid.uuid4().hex, prompt, sampling, pooling, adapter)
         self.engine.check(request)
         waiting = self._num_sent - self._num_taken + self.engine.scheduler.num_waiting
         if waiting >= self.engine.options.max_queue:
@@ -201,6 +242,28 @@ class EngineModel(Model):
         self._num_sent += 1
         self._inbox.put(lambda: self._add(request))
         return generation
+
+    async def _acquire(self, adapter: str | None) -> ServedAdapter | None:
+        return None if adapter is None else await self.adapters.acquire(adapter)
+
+    async def _attach(
+        self, name: str, version: int, checkpoint: AdapterCheckpoint
+    ) -> ServedAdapter:
+        if self._thread is None:
+            return self.engine.add_adapter(name, checkpoint, version)
+        outcome: Future[ServedAdapter] = Future()
+
+        def add() -> None:
+            try:
+                outcome.set_result(self.engine.add_adapter(name, checkpoint, version))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        self._inbox.put(add)
+        return await asyncio.wrap_future(outcome)
+
+    def _detach(self, adapter: ServedAdapter) -> None:
+        self._inbox.put(lambda: self.engine.remove_adapter(adapter))
 
     async def _tokenize(self, text: str | Sequence[int], field: str) -> Sequence[int]:
         if not isinstance(text, str):
@@ -259,6 +322,41 @@ class EngineModel(Model):
             if command is None:
                 return False
             command()
+
+
+class AdaptedModel(Model):
+    """An engine's model with an adapter on top, under the name ``model:adapter``."""
+
+    def __init__(self, base: EngineModel, adapter: str) -> None:
+        facts = base.adapters.card(adapter)
+        self.name = f"{base.name}:{adapter}"
+        self.base = base
+        self.card = replace(
+            base.card,
+            name=self.name,
+            parameters=base.card.parameters + facts.parameters,
+            provenance=f"{base.card.provenance}; {facts.method} adapter, version {facts.version}",
+            fingerprint=hashlib.sha256(
+                f"{base.card.fingerprint}/{facts.fingerprint}".encode()
+            ).hexdigest(),
+        )
+        self._adapter = adapter
+
+    async def chat(
+        self, messages: Sequence[Message], sampling: SamplingParameters
+    ) -> EngineGeneration:
+        """Answer with the adapter's newest version."""
+        return await self.base.chat(messages, sampling, self._adapter)
+
+    async def complete(
+        self, prompt: str | Sequence[int], sampling: SamplingParameters
+    ) -> EngineGeneration:
+        """Continue with the adapter's newest version."""
+        return await self.base.complete(prompt, sampling, self._adapter)
+
+    async def embed(self, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
+        """Vectors of the adapted model."""
+        return await self.base.embed(texts, self._adapter)
 
 
 class EngineGeneration:

@@ -19,6 +19,7 @@ from anabranch.models.protocol import FinishReason, SamplingParameters
 if TYPE_CHECKING:
     import torch
 
+    from anabranch.serving.adapters import ServedAdapter
     from anabranch.serving.detokenizer import Detokenizer
 
 SegmentKind = Literal["prefill", "decode"]
@@ -33,6 +34,8 @@ class Request:
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     pooling: bool = False
     """Return the mean of the last hidden states over the prompt instead of generating."""
+    adapter: ServedAdapter | None = None
+    """The adapter on top of the base model, in the version that the request started with."""
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from anabranch.planning import CostModel
+from anabranch.serving.adapters import AdapterCheckpoint
 from anabranch.serving.batch import PageCopy, StepPlan, StepResult
 
 
@@ -73,6 +74,13 @@ class SimulatedRunner:
 
     def allocate(self, num_pages: int) -> None:
         """Nothing to allocate."""
+
+    def add_adapter(self, checkpoint: AdapterCheckpoint) -> tuple[None, int]:
+        """Nothing to load."""
+        return None, 0
+
+    def remove_adapter(self, handle: None) -> None:
+        """Nothing to drop."""
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Nothing to copy."""

@@ -1,4 +1,4 @@
-"""``GET /v1/models`` and ``GET /v1/models/{model}``."""
+"""``/v1/models``: what is served, with the adapters that come and go while it is."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from anabranch.api import openapi
-from anabranch.api.responses import ModelItem, ModelList
+from anabranch.api.body import read
+from anabranch.api.responses import DeletedModel, ModelItem, ModelList
 from anabranch.api.routes.common import json_response, service_of
+from anabranch.api.schemas import AdapterRequest
+from anabranch.errors import InvalidRequest, ModelNotFound
 from anabranch.models.protocol import Model
 
 router = APIRouter()
@@ -20,7 +23,7 @@ router = APIRouter()
 async def list_models(request: Request) -> Response:
     """What is served."""
     service = service_of(request)
-    data = [_item(model, service.created) for model in service.models.values()]
+    data = [_item(model, service.created) for model in service.listed()]
     return json_response({"object": "list", "data": data})
 
 
@@ -32,6 +35,42 @@ async def show_model(request: Request, model: str) -> Response:
     """One model, with its card."""
     service = service_of(request)
     return json_response(_item(service.model(model), service.created))
+
+
+@router.delete(
+    "/v1/models/{model:path}",
+    response_model=DeletedModel,
+    responses=openapi.errors(400, 401, 404, 500, 503),
+)
+async def delete_model(request: Request, model: str) -> Response:
+    """Stop serving an adapter, named ``model:adapter``. Its files stay."""
+    service = service_of(request)
+    if model in service.models:
+        raise InvalidRequest("model", f"{model!r} is a base model; only adapters can be deleted")
+    found = service.model(model)
+    base, _, adapter = found.name.rpartition(":")
+    await service.models[base].remove_adapter(adapter)
+    return json_response({"id": found.name, "object": "model", "deleted": True})
+
+
+@router.post(
+    "/v1/adapters",
+    response_model=ModelItem,
+    responses=openapi.errors(400, 401, 404, 413, 415, 500, 503),
+    openapi_extra=openapi.request_body(AdapterRequest),
+)
+async def load_adapter(request: Request) -> Response:
+    """Serve an adapter from the server's folder of adapters, or a newer version of one.
+
+    Requests that run keep the version that they started with.
+    """
+    service = service_of(request)
+    body = await read(request, AdapterRequest)
+    base = service.models.get(body.model)
+    if base is None:
+        raise ModelNotFound(f"model: {body.model[:100]!r} is no base model that is served here")
+    folder = service.adapter_folder(body.source or body.adapter)
+    return json_response(_item(await base.add_adapter(body.adapter, folder), service.created))
 
 
 def _item(model: Model, created: int) -> dict[str, Any]:

@@ -159,6 +159,57 @@ Tensor silu_mul(const Tensor& x) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Products of a few rows with a matrix in its natural order: attention and adapters
+
+// y[r][P] = x[r][D] . m[D][P] for R rows. Even and odd D are summed apart: two short chains of
+// additions instead of a long one. P is a multiple of V LANES, D is even.
+template <int R, int V, typename Matrix>
+inline void project(const float* x, int64_t x_stride, const Matrix* m, int64_t D, int64_t P, float* y,
+                    int64_t y_stride) {
+  for (int64_t j = 0; j < P; j += V * LANES) {
+    Floats even[R][V] = {}, odd[R][V] = {};
+    for (int64_t d = 0; d < D; d += 2)
+      for (int v = 0; v < V; v++) {
+        const Matrix* at = m + d * P + j + v * LANES;
+        Floats m0 = load16(at), m1 = load16(at + P);
+        for (int r = 0; r < R; r++) {
+          even[r][v] += m0 * x[r * x_stride + d];
+          odd[r][v] += m1 * x[r * x_stride + d + 1];
+        }
+      }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++)
+        store16(y + r * y_stride + j + v * LANES, even[r][v] + odd[r][v]);
+  }
+}
+
+// y[r][D] += x[r][count] . m[count][D] for R rows, in the order of the rows of m.
+template <int R, int V, typename Matrix>
+inline void combine(const float* x, int64_t x_stride, const Matrix* m, int64_t count, int64_t D,
+                    float* y, int64_t y_stride) {
+  for (int64_t d = 0; d < D; d += V * LANES) {
+    Floats acc[R][V];
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) acc[r][v] = load16(y + r * y_stride + d + v * LANES);
+    for (int64_t k = 0; k < count; k++)
+      for (int v = 0; v < V; v++) {
+        Floats value = load16(m + k * D + d + v * LANES);
+        for (int r = 0; r < R; r++) acc[r][v] += value * x[r * x_stride + k];
+      }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) store16(y + r * y_stride + d + v * LANES, acc[r][v]);
+  }
+}
+
+// Calls f.template operator()<R>(first) for blocks of at most Most rows.
+template <int Most, int R = Most, typename F>
+inline void for_rows(int64_t rows, const F& f, int64_t first = 0) {
+  for (; rows - first >= R; first += R) f.template operator()<R>(first);
+  if constexpr (R > 1)
+    if (first < rows) for_rows<Most, R - 1>(rows, f, first);
+}
+
+// ---------------------------------------------------------------------------------------------
 // Linear layers. Weights are packed in tiles of 32 output channels that are read from start to end.
 //
 // A tile is multiplied with a block of rows at a time, as many as have their sums in registers; few
@@ -335,6 +386,47 @@ Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
 }
 
 // ---------------------------------------------------------------------------------------------
+// Adapters
+
+template <typename Matrix>
+void lora_rows(const float* x, int64_t K, const Matrix* a, int64_t rank, const Matrix* b,
+               int64_t width, float* y, int64_t y_stride, int64_t rows) {
+  static thread_local std::vector<float> scratch;
+  scratch.resize(rows * rank);
+  float* hidden = scratch.data();
+  for_rows<6>(rows, [&]<int R>(int64_t r) {
+    project<R, 1>(x + r * K, K, a, K, rank, hidden + r * rank, rank);
+    if (R <= 3 && width % (4 * LANES) == 0)
+      combine<R, 4>(hidden + r * rank, rank, b, rank, width, y + r * y_stride, y_stride);
+    else
+      combine<R, 1>(hidden + r * rank, rank, b, rank, width, y + r * y_stride, y_stride);
+  });
+}
+
+// y[N, O] += x A B for the rows of each block; see kernels.reference.add_lora. Ranks and widths are
+// multiples of 16.
+void add_lora(Tensor y, const Tensor& x, const Tensor& blocks, at::TensorList a,
+              at::TensorList b, at::IntArrayRef offsets) {
+  int64_t parts = offsets.size(), K = x.size(1), O = y.size(1);
+  const int64_t* block = blocks.data_ptr<int64_t>();
+  const float* X = x.data_ptr<float>();
+  float* Y = y.data_ptr<float>();
+  for_each_task(blocks.size(0) * parts, [&](int64_t i) {
+    const int64_t *at = block + 3 * (i / parts), part = i % parts;
+    const Tensor &A = a[at[2] * parts + part], &B = b[at[2] * parts + part];
+    int64_t rank = A.size(1), rows = at[1] - at[0];
+    if (rank == 0) return;
+    const float* from = X + at[0] * K;
+    float* to = Y + at[0] * O + offsets[part];
+    if (A.scalar_type() == at::kBFloat16)
+      lora_rows(from, K, A.data_ptr<at::BFloat16>(), rank, B.data_ptr<at::BFloat16>(), B.size(1), to,
+                O, rows);
+    else
+      lora_rows(from, K, A.data_ptr<float>(), rank, B.data_ptr<float>(), B.size(1), to, O, rows);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
 // Attention over pages
 
 // Rotates, and normalises before it if a weight is given, one head's vector in place.
@@ -351,53 +443,6 @@ void rotate(float* head, const float* cosine, const float* sine, int64_t D, cons
     head[i] = a * cosine[i] - b * sine[i];
     head[i + D / 2] = b * cosine[i + D / 2] + a * sine[i + D / 2];
   }
-}
-
-// scores[r][P] of R queries for the keys of a page. Even and odd channels are summed apart: two
-// short chains of additions instead of a long one.
-template <int R, int V, typename Cache>
-inline void score_page(const float* q, const Cache* keys, float* scores, int64_t stride, int64_t D,
-                       int64_t P) {
-  for (int64_t j = 0; j < P; j += V * LANES) {
-    Floats even[R][V] = {}, odd[R][V] = {};
-    for (int64_t d = 0; d < D; d += 2)
-      for (int v = 0; v < V; v++) {
-        const Cache* at = keys + d * P + j + v * LANES;
-        Floats k0 = load16(at), k1 = load16(at + P);
-        for (int r = 0; r < R; r++) {
-          even[r][v] += k0 * q[r * D + d];
-          odd[r][v] += k1 * q[r * D + d + 1];
-        }
-      }
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++) store16(scores + r * stride + j + v * LANES, even[r][v] + odd[r][v]);
-  }
-}
-
-// acc[r][D] += weights[r] . values of the first `count` keys of a page.
-template <int R, int V, typename Cache>
-inline void weigh_page(const float* weights, const Cache* values, float* acc, int64_t stride,
-                       int64_t D, int64_t count) {
-  for (int64_t d = 0; d < D; d += V * LANES) {
-    Floats a[R][V];
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++) a[r][v] = load16(acc + r * D + d + v * LANES);
-    for (int64_t k = 0; k < count; k++)
-      for (int v = 0; v < V; v++) {
-        Floats value = load16(values + k * D + d + v * LANES);
-        for (int r = 0; r < R; r++) a[r][v] += value * weights[r * stride + k];
-      }
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++) store16(acc + r * D + d + v * LANES, a[r][v]);
-  }
-}
-
-// Calls f.template operator()<R>(first) for blocks of at most Most rows.
-template <int Most, int R = Most, typename F>
-inline void for_rows(int64_t rows, const F& f, int64_t first = 0) {
-  for (; rows - first >= R; first += R) f.template operator()<R>(first);
-  if constexpr (R > 1)
-    if (first < rows) for_rows<Most, R - 1>(rows, f, first);
 }
 
 // Scores of one row and block of keys -> weights, after shrinking what was summed before. Keys
@@ -474,9 +519,9 @@ void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* va
       for_rows<6>(rows, [&]<int R>(int64_t r) {
         float* to = scores + r * stride + (page - base) * P;
         if (P % (2 * LANES) == 0)
-          score_page<R, 2>(q + r * D, at, to, stride, D, P);
+          project<R, 2>(q + r * D, D, at, D, P, to, stride);
         else
-          score_page<R, 1>(q + r * D, at, to, stride, D, P);
+          project<R, 1>(q + r * D, D, at, D, P, to, stride);
       });
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -492,9 +537,9 @@ void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* va
       for_rows<6>(rows, [&]<int R>(int64_t r) {
         const float* weights = scores + r * stride + (page - base) * P;
         if (R <= 3 && D % (4 * LANES) == 0)
-          weigh_page<R, 4>(weights, at, acc + r * D, stride, D, visible);
+          combine<R, 4>(weights, stride, at, visible, D, acc + r * D, D);
         else
-          weigh_page<R, 2>(weights, at, acc + r * D, stride, D, visible);
+          combine<R, 2>(weights, stride, at, visible, D, acc + r * D, D);
       });
     }
   }
@@ -582,6 +627,8 @@ TORCH_LIBRARY(anabranch, m) {
   m.def("linear_bfloat16(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor");
   m.def(
+      "add_lora(Tensor(a!) y, Tensor x, Tensor blocks, Tensor[] a, Tensor[] b, int[] offsets) -> ()");
+  m.def(
       "attention(Tensor(a!) qkv, Tensor cosine, Tensor sine, Tensor(b!) keys, Tensor(c!) values, "
       "Tensor slots, Tensor query_start, Tensor context, Tensor tables, int heads, float scale, "
       "int window, Tensor? q_norm, Tensor? k_norm, float eps) -> Tensor");
@@ -592,5 +639,6 @@ TORCH_LIBRARY_IMPL(anabranch, CPU, m) {
   m.impl("silu_mul", silu_mul);
   m.impl("linear_bfloat16", linear_bfloat16);
   m.impl("linear_int8", linear_int8);
+  m.impl("add_lora", add_lora);
   m.impl("attention", attention);
 }

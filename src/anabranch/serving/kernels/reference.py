@@ -55,6 +55,27 @@ def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -
     return y if bias is None else y + bias
 
 
+def add_lora(
+    y: Tensor,
+    x: Tensor,
+    blocks: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    offsets: list[int],
+) -> None:
+    """``y [N, O] += x A B`` in place, for rows of many adapters.
+
+    ``blocks [M, 3]``: rows ``[start, stop)`` belong to adapter i. An adapter has a pair of matrices
+    ``A [K, r]``, ``B [r, width]`` for each entry of ``offsets``, the column where its outputs
+    begin; ``a`` and ``b`` list the pairs adapter by adapter. r may be 0.
+    """
+    for start, stop, adapter in blocks.tolist():
+        for part, offset in enumerate(offsets):
+            index = adapter * len(offsets) + part
+            delta = x[start:stop] @ a[index].float() @ b[index].float()
+            y[start:stop, offset : offset + delta.shape[1]] += delta
+
+
 def attention(
     qkv: Tensor,
     cosine: Tensor,

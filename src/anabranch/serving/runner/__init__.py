@@ -7,8 +7,9 @@ other runner is tested against.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from anabranch.serving.adapters import AdapterCheckpoint
 from anabranch.serving.batch import PageCopy, StepPlan, StepResult
 
 __all__ = ["ModelRunner"]
@@ -26,6 +27,15 @@ class ModelRunner(Protocol):
 
     def allocate(self, num_pages: int) -> None:
         """Create the cache tensors. Called once, before the first step."""
+
+    def add_adapter(self, checkpoint: AdapterCheckpoint) -> tuple[Any, int]:
+        """Make an adapter ready: a handle for ``ServedAdapter`` and the bytes that it takes.
+
+        Raises :class:`AdapterError` if it does not fit, leaving everything as it was.
+        """
+
+    def remove_adapter(self, handle: Any) -> None:
+        """Drop an adapter that no request runs on."""
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy pages as they are now: all sources are read before any target is written."""

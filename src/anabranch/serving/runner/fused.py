@@ -5,8 +5,9 @@ multiplied in single precision or exactly in integers, attention walks the pages
 only wanted rows reach the head. A row's result does not depend on the other rows of a step: the
 same request gives the same bits in any batch and for any split of its prompt.
 
-Not known here: adapters, and models that are not Llama-shaped; the
-:class:`~anabranch.serving.runner.transformers.TransformersRunner` serves those.
+Any number of LoRA adapters share a batch. Not known here: other kinds of adapters, and models that
+are not Llama-shaped; the :class:`~anabranch.serving.runner.transformers.TransformersRunner` serves
+those.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from transformers import PreTrainedModel
 
 from anabranch.errors import ModelUnsupported
 from anabranch.serving import kernels
+from anabranch.serving.adapters import AdapterCheckpoint
 from anabranch.serving.batch import PackedBatch, PageCopy, StepPlan, StepResult, pack
 from anabranch.serving.kernels.reference import GROUP, TILE
 from anabranch.serving.options import CacheFormat, WeightFormat
+from anabranch.serving.runner.lora import FusedAdapter, LoraBatch, Site
 from anabranch.serving.runner.memory import zeros
 from anabranch.serving.runner.probe import num_pages, probe_plans, probe_prompt
 from anabranch.serving.sequence import Request, Segment
@@ -78,6 +81,8 @@ class FusedRunner:
         with torch.inference_mode():
             self._head = PackedLinear.of([model.get_output_embeddings()], weights, self._ops)
             self._layers = [self._pack_layer(layer) for layer in base.layers]
+        self._sites = list(_sites(model))
+        self._lora: LoraBatch | None = None
         exact = model.dtype == torch.float32 and weights == "bf16"
         single = exact if kv_cache == "auto" else kv_cache == "fp32"
         self._cache_dtype = torch.float32 if single else torch.bfloat16
@@ -98,6 +103,15 @@ class FusedRunner:
         self._keys = [zeros((*shape, dim, page), self._cache_dtype, device) for _ in layers]
         self._values = [zeros((*shape, page, dim), self._cache_dtype, device) for _ in layers]
 
+    def add_adapter(self, checkpoint: AdapterCheckpoint) -> tuple[FusedAdapter, int]:
+        """Keep a LoRA adapter beside the weights, in the number format of the cache."""
+        adapter = FusedAdapter.pack(checkpoint, self._sites, self._cache_dtype)
+        return adapter, adapter.memory
+
+    def remove_adapter(self, handle: FusedAdapter) -> None:
+        """Nothing but the last batch still holds it."""
+        self._lora = None
+
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy keys and values in every layer."""
         sources, targets = (list(pages) for pages in zip(*copies, strict=True))
@@ -113,6 +127,7 @@ class FusedRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the packed batch, and pool what wants pooling."""
         batch = plan.pack()
+        self._lora = LoraBatch.of(plan.segments, batch.query_start, self._lora)
         hidden = self._hidden_states(batch)
         logits = self._head(hidden[batch.logits_index])
         pooled = {
@@ -133,6 +148,7 @@ class FusedRunner:
             self.allocate(-(-self.context_length // self.page_size))
         sequence = TokenSequence(Request("text", tokens), 0, list(tokens), 1, pages=pages)
         segment = Segment(sequence, 0, len(tokens))
+        self._lora = None
         return self._head(self._hidden_states(pack((segment,), self.page_size)))
 
     @property
@@ -174,14 +190,14 @@ class FusedRunner:
             torch.from_numpy(batch.block_tables),
         )
         delta = None
-        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
+        for index, layer in enumerate(self._layers):
             normed = ops.add_rms_norm(x, delta, layer.attention_norm, eps)
             attended = ops.attention(
-                layer.qkv(normed),
+                self._adapted(layer.qkv, normed, 4 * index),
                 cosine[0].float(),
                 sine[0].float(),
-                keys,
-                values,
+                self._keys[index],
+                self._values[index],
                 *where,
                 self._heads,
                 layer.scaling,
@@ -190,10 +206,18 @@ class FusedRunner:
                 layer.k_norm,
                 eps,
             )
-            delta = layer.output(attended)
+            delta = self._adapted(layer.output, attended, 4 * index + 1)
             normed = ops.add_rms_norm(x, delta, layer.mlp_norm, eps)
-            delta = layer.down(ops.silu_mul(layer.gate_up(normed)))
+            gated = ops.silu_mul(self._adapted(layer.gate_up, normed, 4 * index + 2))
+            delta = self._adapted(layer.down, gated, 4 * index + 3)
         return ops.add_rms_norm(x, delta, self._final_norm, eps)
+
+    def _adapted(self, linear: PackedLinear, x: Tensor, site: int) -> Tensor:
+        y, lora = linear(x), self._lora
+        if lora is not None:
+            offsets = self._sites[site].offsets
+            self._ops.add_lora(y, x, lora.blocks, lora.a[site], lora.b[site], offsets)
+        return y
 
     def _pack_layer(self, layer: Any) -> FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -316,6 +340,25 @@ def unsuitable(model: PreTrainedModel, page_size: int, weights: WeightFormat) ->
     if len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
         return "its layers attend in different ways"
     return None
+
+
+def _sites(model: PreTrainedModel) -> Iterator[Site]:
+    """The packed linear layers in the order in which a step reads them, four for each layer."""
+    groups = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    )
+    layers = f"{model.base_model_prefix}.layers"
+    for number, layer in enumerate(cast(Any, model.base_model).layers):
+        for group in groups:
+            linears = [layer.get_submodule(name) for name in group]
+            yield Site(
+                tuple(f"{layers}.{number}.{name}" for name in group),
+                linears[0].in_features,
+                tuple(linear.out_features for linear in linears),
+            )
 
 
 def _name(model: PreTrainedModel) -> str:

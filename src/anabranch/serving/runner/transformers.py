@@ -4,18 +4,24 @@ The model's own layers compute everything but attention. Whether that is exact i
 a list of architectures: on construction a short prompt is computed twice, once by the model's own
 attention and once in two pieces through the paged cache, and the model is refused if the two
 differ. Tested with transformers 5.23.
+
+An adapter is a branch of the model: PEFT's own modules around the same weights, so every method
+that lives inside the layers can be served. The segments of each branch are computed on their own.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from anabranch.errors import ModelUnsupported
+from anabranch.serving.adapters import AdapterCheckpoint, AdapterError
 from anabranch.serving.batch import PackedBatch, PageCopy, StepPlan, StepResult
 from anabranch.serving.runner import paged_attention
 from anabranch.serving.runner.memory import zeros
@@ -56,13 +62,62 @@ class TransformersRunner:
             cache.keys[:, targets] = cache.keys[:, sources]
             cache.values[:, targets] = cache.values[:, sources]
 
+    def add_adapter(self, checkpoint: AdapterCheckpoint) -> tuple[PreTrainedModel, int]:
+        """Put a PEFT adapter of any method into a branch of the model, which shares its weights.
+
+        Virtual tokens cannot be served: they are no part of the sequence that the engine counts.
+        """
+        import peft
+
+        import anabranch.adapters  # noqa: F401 - registers our own methods with PEFT
+
+        folder = str(checkpoint.folder)
+        try:
+            config = peft.PeftConfig.from_pretrained(folder)
+        except (TypeError, ValueError, KeyError) as error:
+            raise AdapterError(f"PEFT cannot read {folder}: {error}") from error
+        if config.is_prompt_learning or checkpoint.method == "ADAPTION_PROMPT":
+            raise AdapterError(
+                f"{folder} cannot be served: {checkpoint.method} adds virtual tokens to the prompt"
+            )
+        branch = _branch(self.model)
+        try:
+            peft.PeftModel.from_pretrained(branch, folder)  # changes the branch in place
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            raise AdapterError(f"{folder} was made for another model: {error}") from error
+        shared = {parameter.data_ptr() for parameter in self.model.parameters()}
+        own = (p for p in branch.parameters() if p.data_ptr() not in shared)
+        return branch.eval().requires_grad_(False), sum(p.nbytes for p in own)
+
+    def remove_adapter(self, handle: PreTrainedModel) -> None:
+        """Nothing else holds the branch."""
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run the packed batch, and pool what wants pooling."""
+        """Run the packed batch, once for each adapter in it, and pool what wants pooling."""
+        groups: dict[PreTrainedModel, list[int]] = {}
+        for index, segment in enumerate(plan.segments):
+            adapter = segment.sequence.request.adapter
+            groups.setdefault(adapter.handle if adapter else self.model, []).append(index)
+        logits: dict[int, Tensor] = {}
+        pooled: dict[int, Tensor] = {}
+        for model, members in groups.items():
+            segments = tuple(plan.segments[index] for index in members)
+            result = self._execute(model, replace(plan, segments=segments))
+            if len(groups) == 1:
+                return result
+            wanting = [index for index in members if plan.segments[index].wants_logits]
+            logits |= zip(wanting, result.logits, strict=True)
+            pooled |= {members[index]: vector for index, vector in result.pooled.items()}
+        if not logits:
+            return StepResult(result.logits, pooled)
+        return StepResult(torch.stack([logits[index] for index in sorted(logits)]), pooled)
+
+    def _execute(self, model: PreTrainedModel, plan: StepPlan) -> StepResult:
         batch = plan.pack()
         pooling = [i for i, s in enumerate(plan.segments) if s.sequence.request.pooling]
-        with _last_hidden_states(self.model, enabled=bool(pooling)) as hidden:
-            logits = _forward(self.model, batch, self.page_size, self._caches)
+        with _last_hidden_states(model, enabled=bool(pooling)) as hidden:
+            logits = _forward(model, batch, self.page_size, self._caches)
         pooled = {}
         for index in pooling:
             start, stop = batch.query_start[index], batch.query_start[index + 1]
@@ -74,6 +129,15 @@ class TransformersRunner:
         for cache in self._caches:
             cache.keys[:, list(pages)] = 0
             cache.values[:, list(pages)] = 0
+
+
+def _branch(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules that shares the memory of every weight."""
+    shared: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        # A parameter of its own: some methods of PEFT replace what a base layer's one holds.
+        shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy.deepcopy(model, shared)
 
 
 LayerShape = tuple[int, int, int]

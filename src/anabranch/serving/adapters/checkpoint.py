@@ -1,0 +1,145 @@
+"""Reads an adapter's folder in PEFT's format: ``adapter_config.json`` and safetensors.
+
+LoRA checkpoints become plain matrices for each layer, so that a runner can compute many adapters in
+one batch. Everything else is left to PEFT, one adapter at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from anabranch.errors import AnabranchError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_CHANGES_THE_FORWARD = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+)
+"""Options of PEFT's LoRA that leave no trace in the names of the tensors."""
+
+
+class AdapterError(AnabranchError):
+    """An adapter cannot be read, or does not fit the model that it is loaded on."""
+
+    exit_code = 2
+    status = 400
+    code = "invalid_adapter"
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The change ``scaling * B A`` of one linear layer: A ``[r, in]``, B ``[out, r]``."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class AdapterCheckpoint:
+    """A folder whose configuration and tensor headers were read; weights are read when asked for.
+
+    Raises :class:`AdapterError` from :meth:`read` if the folder is no adapter.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    parameters: int
+    fingerprint: str
+    _names: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterCheckpoint:
+        """Read configuration and headers. Costs milliseconds."""
+        config_file, weights = folder / CONFIG, folder / WEIGHTS
+        for file in (config_file, weights):
+            if not file.is_file():
+                raise AdapterError(
+                    f"{folder} is no adapter: it has no {file.name}; a PEFT folder with "
+                    f"{CONFIG} and {WEIGHTS} is needed"
+                )
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            if not isinstance(config, dict) or "peft_type" not in config:
+                raise ValueError("it names no peft_type")
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"{config_file} cannot be read: {error}") from error
+        digest = hashlib.sha256(config_file.read_bytes())
+        try:
+            with safe_open(weights, "pt") as tensors:
+                names = tuple(tensors.keys())
+                shapes = [tensors.get_slice(name).get_shape() for name in names]
+            digest.update(weights.read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"{weights} is damaged: {error}") from error
+        return cls(folder, config, sum(map(math.prod, shapes)), digest.hexdigest(), names)
+
+    @property
+    def method(self) -> str:
+        """PEFT's name of the method, for example ``LORA``."""
+        return str(self.config["peft_type"])
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of a low-rank method."""
+        return self.config.get("r")
+
+    @cached_property
+    def not_plain_lora(self) -> str | None:
+        """Why this is more than a sum of low-rank products, or None if it is exactly that."""
+        if self.method != "LORA":
+            return f"its method is {self.method}"
+        for option in _CHANGES_THE_FORWARD:
+            if self.config.get(option):
+                return f"it uses {option}"
+        for name in self._names:
+            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+                return f"it has the tensor {name}"
+        return None
+
+    def lora(self) -> dict[str, LoraWeights]:
+        """Module name -> its matrices. Raises :class:`AdapterError` unless it is plain LoRA."""
+        if self.not_plain_lora:
+            raise AdapterError(f"{self.folder} is not a plain LoRA: {self.not_plain_lora}")
+        layers = {}
+        with safe_open(self.folder / WEIGHTS, "pt") as tensors:
+            for name in self._names:
+                module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
+                if module in layers:
+                    continue
+                stem = name.rpartition(".lora_")[0]
+                try:
+                    a, b = (tensors.get_tensor(f"{stem}.lora_{x}.weight") for x in "AB")
+                except SafetensorError as error:
+                    raise AdapterError(f"{self.folder}: {module} lacks a matrix") from error
+                if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                    raise AdapterError(
+                        f"{self.folder}: {module} has A {list(a.shape)} and B {list(b.shape)}; "
+                        f"a linear layer's are [r, in] and [out, r]"
+                    )
+                layers[module] = LoraWeights(a, b, self._scaling(module, a.shape[0]))
+        return layers
+
+    def _scaling(self, module: str, rank: int) -> float:
+        patterns = self.config.get("alpha_pattern") or {}
+        alpha = self.config.get("lora_alpha", rank)
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
