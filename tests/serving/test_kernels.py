@@ -72,6 +72,40 @@ def test_linear(ops: Any, rows: int, width: int, outputs: int, bias: bool, weigh
     assert (actual - exact).abs().max() <= tolerance * exact.abs().max().clamp_min(1.0)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    blocks=st.lists(st.tuples(SIZES, st.integers(0, 2)), max_size=5),
+    rank=st.sampled_from((0, 16, 32)),
+    width=st.sampled_from((64, 576)),
+    parts=st.lists(st.sampled_from((16, 48, 64, 192)), min_size=1, max_size=3),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)
+def test_add_lora(
+    ops: Any, blocks: list[tuple[int, int]], rank: int, width: int, parts: list[int], dtype: Any
+) -> None:
+    rows = sum(length for length, _ in blocks) + 1  # the last row has no adapter
+    x, y = torch.randn(rows, width), torch.randn(rows, sum(parts))
+    ranks = (rank, 16, 0)
+    a = [torch.randn(width, r).to(dtype) for r in ranks for _ in parts]
+    tiles = [64 if out % 64 == 0 else 16 for out in parts]
+    b = [
+        torch.randn(out // tile, r, tile).to(dtype)
+        for r in ranks
+        for out, tile in zip(parts, tiles, strict=True)
+    ]
+    starts = torch.tensor([0, *(length for length, _ in blocks)]).cumsum(0)
+    table = torch.tensor(
+        [(starts[i], starts[i + 1], adapter) for i, (_, adapter) in enumerate(blocks)],
+        dtype=torch.long,
+    ).view(-1, 3)
+    offsets = [sum(parts[:i]) for i in range(len(parts))]
+    actual, expected = y.clone(), y.clone()
+    ops.add_lora(actual, x, table, a, b, offsets)
+    reference.add_lora(expected, x, table, a, b, offsets)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(actual[-1], y[-1])
+
+
 def test_int8_extremes_do_not_overflow(ops: Any) -> None:
     linear = nn.Linear(1536, 32, bias=False)
     linear.weight.data.fill_(1.0)

@@ -1,10 +1,12 @@
 """Drives this repository's engine in its own process, as the server does.
 
-Options: ``model`` (a name), ``weights``, ``kv_cache``, ``kv_memory`` in bytes.
+Options: ``model`` (a name), ``weights``, ``kv_cache``, ``kv_memory`` in bytes,
+``adapters`` (folders).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from anabranch import __version__, models
 from anabranch.models.dtype import fastest_dtype
 from anabranch.models.protocol import SamplingParameters
 from anabranch.serving import Engine, EngineOptions, Request
+from anabranch.serving.adapters import AdapterCheckpoint
 from anabranch.serving.runner.fused import FusedRunner
 from benchmarks.peers.drivers.protocol import Run, Times, drive
 
@@ -29,10 +32,18 @@ def load(options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     del loaded
     engine = Engine(runner, options=EngineOptions(kv_memory=options["kv_memory"]))
 
-    def run(prompts: list[list[int]], output_tokens: int, times: Times) -> None:
+    served = [
+        engine.add_adapter(str(index), AdapterCheckpoint.read(Path(folder)))
+        for index, folder in enumerate(options["adapters"])
+    ]
+
+    def run(
+        prompts: list[list[int]], output_tokens: int, times: Times, adapters: list[int] | None
+    ) -> None:
         sampling = SamplingParameters(output_tokens, temperature=0.0, ignore_eos=True)
         for index, prompt in enumerate(prompts):
-            engine.add(Request(str(index), prompt, sampling))
+            adapter = served[adapters[index]] if adapters else None
+            engine.add(Request(str(index), prompt, sampling, adapter=adapter))
         for output in engine.run():
             times.record(int(output.request_id), len(output.delta.token_ids))
 

@@ -3,9 +3,10 @@
     coordinator                                  driver
     ----------- argv[1]: {"model": ..., ...} ---->  loads the model, once
     <---------- {"ready": {"version": ...}} ------
-    ----------- {"prompts": [[..]], "output_tokens": n} -->  all requests arrive now
+    ----------- {"prompts": [[..]], "output_tokens": n, "adapters": [..]} -->  all arrive now
     <---------- {"times": [[..]], "peak_memory": bytes} ---
 
+``adapters[i]`` is the adapter of request ``i`` among those of the driver's options, null without.
 ``times[i][k]`` is when request ``i`` got its token ``k``, in seconds after the requests arrived.
 Runs in every peer's environment: standard library only.
 """
@@ -22,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Run = Callable[[list[list[int]], int, "Times"], None]
-"""Serves prompts to this many output tokens each, recording every token."""
+Run = Callable[[list[list[int]], int, "Times", list[int] | None], None]
+"""Serves prompts to this many output tokens each, each on its adapter, recording every token."""
 
 
 @dataclass
@@ -63,7 +64,7 @@ def drive(load: Callable[[dict[str, Any]], tuple[Run, dict[str, Any]]]) -> None:
         prompts, output_tokens = cell["prompts"], cell["output_tokens"]
         forget_peak_memory()
         times = Times(len(prompts))
-        run(prompts, output_tokens, times)
+        run(prompts, output_tokens, times, cell["adapters"])
         answer = {"times": times.times, "peak_memory": peak_memory()}
         answers.write(json.dumps(answer) + "\n")
 

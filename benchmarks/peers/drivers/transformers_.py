@@ -1,13 +1,14 @@
 """Drives ``generate`` of transformers on the whole batch at once.
 
 Its best case: requests of one cell have the same length and arrive together, so nothing is padded
-and nothing waits. Options: ``model`` (a folder), ``dtype``.
+and nothing waits. Options: ``model`` (a folder), ``dtype``, ``adapters`` (folders).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import peft
 import torch
 import transformers
 
@@ -30,16 +31,26 @@ def load(options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
         options["model"], dtype=getattr(torch, options["dtype"])
     ).eval()
     model.generation_config.eos_token_id = None
+    for index, folder in enumerate(options["adapters"]):
+        if index == 0:
+            model = peft.PeftModel.from_pretrained(model, folder, adapter_name="0")
+        else:
+            model.load_adapter(folder, adapter_name=str(index))
+    model.eval()
 
     @torch.inference_mode()
-    def run(prompts: list[list[int]], output_tokens: int, times: Times) -> None:
+    def run(
+        prompts: list[list[int]], output_tokens: int, times: Times, adapters: list[int] | None
+    ) -> None:
         tokens = torch.tensor(prompts)
+        mixed = {"adapter_names": [str(index) for index in adapters]} if adapters else {}
         model.generate(
-            tokens,
+            input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=output_tokens,
             do_sample=False,
             stopping_criteria=transformers.StoppingCriteriaList([Stopwatch(times)]),
+            **mixed,
         )
 
     return run, {

@@ -1,7 +1,7 @@
 """Drives vLLM's CPU build through ``LLMEngine.step``, in its own process.
 
 In one process, so that no second one polls for work on the few cores there are. Options: ``model``
-(a folder), ``dtype``, ``max_sequences``.
+(a folder), ``dtype``, ``max_sequences``, ``adapters`` (folders).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import vllm
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -18,6 +19,7 @@ from benchmarks.peers.drivers.protocol import Run, Times, drive
 
 
 def load(options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    folders = options["adapters"]
     engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=options["model"],
@@ -25,11 +27,17 @@ def load(options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
             max_num_seqs=options["max_sequences"],
             skip_tokenizer_init=True,
             disable_log_stats=True,
+            enable_lora=bool(folders),
+            max_loras=max(1, len(folders)),
+            max_lora_rank=16,
         )
     )
+    requests = [LoRARequest(str(i), i + 1, folder) for i, folder in enumerate(folders)]
     cells = 0
 
-    def run(prompts: list[list[int]], output_tokens: int, times: Times) -> None:
+    def run(
+        prompts: list[list[int]], output_tokens: int, times: Times, adapters: list[int] | None
+    ) -> None:
         nonlocal cells
         cells += 1
         sampling = SamplingParams(
@@ -40,7 +48,12 @@ def load(options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
             output_kind=RequestOutputKind.DELTA,
         )
         for index, prompt in enumerate(prompts):
-            engine.add_request(f"{cells}-{index}", {"prompt_token_ids": prompt}, sampling.clone())
+            engine.add_request(
+                f"{cells}-{index}",
+                {"prompt_token_ids": prompt},
+                sampling.clone(),
+                lora_request=requests[adapters[index]] if adapters else None,
+            )
         while engine.has_unfinished_requests():
             for output in engine.step():
                 index = int(output.request_id.split("-")[1])

@@ -161,6 +161,12 @@ Tensor silu_mul(const Tensor& x) {
 // ---------------------------------------------------------------------------------------------
 // Products of a few rows with a matrix in its natural order: attention and adapters
 
+// Asks for `count` elements that will soon be read.
+template <typename T>
+inline void fetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+}
+
 // y[r][P] = x[r][D] . m[D][P] for R rows. Even and odd D are summed apart: two short chains of
 // additions instead of a long one. P is a multiple of V LANES, D is even.
 template <int R, int V, typename Matrix>
@@ -390,21 +396,25 @@ Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
 
 template <typename Matrix>
 void lora_rows(const float* x, int64_t K, const Matrix* a, int64_t rank, const Matrix* b,
-               int64_t width, float* y, int64_t y_stride, int64_t rows) {
+               int64_t tile, int64_t width, float* y, int64_t y_stride, int64_t rows) {
   static thread_local std::vector<float> scratch;
   scratch.resize(rows * rank);
   float* hidden = scratch.data();
+  fetch(b, rank * width);  // arrives while A is read
   for_rows<6>(rows, [&]<int R>(int64_t r) {
     project<R, 1>(x + r * K, K, a, K, rank, hidden + r * rank, rank);
-    if (R <= 3 && width % (4 * LANES) == 0)
-      combine<R, 4>(hidden + r * rank, rank, b, rank, width, y + r * y_stride, y_stride);
-    else
-      combine<R, 1>(hidden + r * rank, rank, b, rank, width, y + r * y_stride, y_stride);
+    for (int64_t column = 0; column < width; column += tile) {
+      const Matrix* at = b + column * rank;
+      float* to = y + r * y_stride + column;
+      if (tile == 4 * LANES)
+        combine<R, 4>(hidden + r * rank, rank, at, rank, tile, to, y_stride);
+      else
+        combine<R, 1>(hidden + r * rank, rank, at, rank, tile, to, y_stride);
+    }
   });
 }
 
-// y[N, O] += x A B for the rows of each block; see kernels.reference.add_lora. Ranks and widths are
-// multiples of 16.
+// y[N, O] += x A B for the rows of each block; see kernels.reference.add_lora.
 void add_lora(Tensor y, const Tensor& x, const Tensor& blocks, at::TensorList a,
               at::TensorList b, at::IntArrayRef offsets) {
   int64_t parts = offsets.size(), K = x.size(1), O = y.size(1);
@@ -414,15 +424,15 @@ void add_lora(Tensor y, const Tensor& x, const Tensor& blocks, at::TensorList a,
   for_each_task(blocks.size(0) * parts, [&](int64_t i) {
     const int64_t *at = block + 3 * (i / parts), part = i % parts;
     const Tensor &A = a[at[2] * parts + part], &B = b[at[2] * parts + part];
-    int64_t rank = A.size(1), rows = at[1] - at[0];
+    int64_t rank = A.size(1), rows = at[1] - at[0], tile = B.size(2), width = B.size(0) * tile;
     if (rank == 0) return;
     const float* from = X + at[0] * K;
     float* to = Y + at[0] * O + offsets[part];
     if (A.scalar_type() == at::kBFloat16)
-      lora_rows(from, K, A.data_ptr<at::BFloat16>(), rank, B.data_ptr<at::BFloat16>(), B.size(1), to,
-                O, rows);
+      lora_rows(from, K, A.data_ptr<at::BFloat16>(), rank, B.data_ptr<at::BFloat16>(), tile, width,
+                to, O, rows);
     else
-      lora_rows(from, K, A.data_ptr<float>(), rank, B.data_ptr<float>(), B.size(1), to, O, rows);
+      lora_rows(from, K, A.data_ptr<float>(), rank, B.data_ptr<float>(), tile, width, to, O, rows);
   });
 }
 
@@ -506,16 +516,13 @@ void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* va
   // Pages lie anywhere: while one is read, the next is fetched.
   auto keys_of = [&](int64_t page) { return keys + (kv_head * s.pages + table[page]) * P * D; };
   auto values_of = [&](int64_t page) { return values + (kv_head * s.pages + table[page]) * P * D; };
-  auto fetch = [&](const Cache* page) {
-    for (int64_t i = 0; i < P * D; i += 64 / sizeof(Cache)) __builtin_prefetch(page + i, 0, 2);
-  };
   int64_t pages = (position + count - 1) / P + 1;
   int64_t oldest = s.window > 0 ? std::max<int64_t>(0, position - s.window + 1) : 0;
   for (int64_t base = oldest / stride * block; base < pages; base += block) {
     int64_t end = std::min(pages, base + block), seen = (end - base) * P;
     for (int64_t page = base; page < end; page++) {
       const Cache* at = keys_of(page);
-      fetch(page + 1 < end ? keys_of(page + 1) : values_of(base));
+      fetch(page + 1 < end ? keys_of(page + 1) : values_of(base), P * D);
       for_rows<6>(rows, [&]<int R>(int64_t r) {
         float* to = scores + r * stride + (page - base) * P;
         if (P % (2 * LANES) == 0)
@@ -532,11 +539,11 @@ void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* va
     }
     for (int64_t page = base; page < end; page++) {
       const Cache* at = values_of(page);
-      if (page + 1 < pages) fetch(page + 1 < end ? values_of(page + 1) : keys_of(page + 1));
+      if (page + 1 < pages) fetch(page + 1 < end ? values_of(page + 1) : keys_of(page + 1), P * D);
       int64_t visible = std::min(P, position + count - page * P);
       for_rows<6>(rows, [&]<int R>(int64_t r) {
         const float* weights = scores + r * stride + (page - base) * P;
-        if (R <= 3 && D % (4 * LANES) == 0)
+        if (D % (4 * LANES) == 0)
           combine<R, 4>(weights, stride, at, visible, D, acc + r * D, D);
         else
           combine<R, 2>(weights, stride, at, visible, D, acc + r * D, D);

@@ -66,13 +66,15 @@ def add_lora(
     """``y [N, O] += x A B`` in place, for rows of many adapters.
 
     ``blocks [M, 3]``: rows ``[start, stop)`` belong to adapter i. An adapter has a pair of matrices
-    ``A [K, r]``, ``B [r, width]`` for each entry of ``offsets``, the column where its outputs
-    begin; ``a`` and ``b`` list the pairs adapter by adapter. r may be 0.
+    ``A [K, r]``, ``B [width / tile, r, tile]`` for each entry of ``offsets``, the column where its
+    outputs begin; ``a`` and ``b`` list the pairs adapter by adapter. r is 0 or a multiple of 16,
+    a tile has 64 or 16 columns.
     """
     for start, stop, adapter in blocks.tolist():
         for part, offset in enumerate(offsets):
             index = adapter * len(offsets) + part
-            delta = x[start:stop] @ a[index].float() @ b[index].float()
+            expand = b[index].transpose(0, 1).flatten(1).float()
+            delta = x[start:stop] @ a[index].float() @ expand
             y[start:stop, offset : offset + delta.shape[1]] += delta
 
 

@@ -39,7 +39,7 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class FusedAdapter:
-    """For each site, for each of its modules: A ``[in, r]`` and B ``[r, out]``, scaled."""
+    """For each site, for each of its modules: A and B, scaled, as ``add_lora`` reads them."""
 
     a: list[list[Tensor]]
     b: list[list[Tensor]]
@@ -73,9 +73,9 @@ class FusedAdapter:
                     )
                 pad = -a.shape[1] % LANES
                 packed.a[-1].append(torch.nn.functional.pad(a, (0, pad)).to(dtype).contiguous())
-                packed.b[-1].append(
-                    torch.nn.functional.pad(b, (0, 0, 0, pad)).to(dtype).contiguous()
-                )
+                b = torch.nn.functional.pad(b, (0, 0, 0, pad)).to(dtype)
+                tile = 4 * LANES if width % (4 * LANES) == 0 else LANES
+                packed.b[-1].append(b.unflatten(1, (-1, tile)).transpose(0, 1).contiguous())
         if layers:
             raise AdapterError(
                 f"{checkpoint.folder} changes {sorted(layers)[0]}, which this runner does not "
