@@ -73,6 +73,12 @@ class ModelUnsupported(ModelError):
     """The model is intact, but this engine cannot run its architecture."""
 
 
+class AdapterError(ConfigurationError):
+    """An adapter cannot be built, read, loaded or saved as asked; the model is as it was."""
+
+    code = "invalid_adapter"
+
+
 class InvalidRequest(AnabranchError, ValueError):
     """A request field has a value that cannot be served.
 

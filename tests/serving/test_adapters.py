@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from anabranch.errors import ConfigurationError, InvalidRequest, ModelNotFound
+from anabranch.errors import AdapterError, ConfigurationError, InvalidRequest, ModelNotFound
 from anabranch.serving import Engine, EngineOptions, Request, kernels
 from anabranch.serving.adapters import (
     AdapterBank,
     AdapterCheckpoint,
-    AdapterError,
     ServedAdapter,
 )
 from anabranch.serving.kernels import reference

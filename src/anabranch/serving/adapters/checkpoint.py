@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from anabranch.errors import AnabranchError
+from anabranch.errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -31,14 +31,6 @@ _CHANGES_THE_FORWARD = (
     "use_qalora",
 )
 """Options of PEFT's LoRA that leave no trace in the names of the tensors."""
-
-
-class AdapterError(AnabranchError):
-    """An adapter cannot be read, or does not fit the model that it is loaded on."""
-
-    exit_code = 2
-    status = 400
-    code = "invalid_adapter"
 
 
 @dataclass(frozen=True)

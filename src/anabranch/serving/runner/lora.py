@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.serving.adapters import AdapterCheckpoint, AdapterError
+from anabranch.errors import AdapterError
+from anabranch.serving.adapters import AdapterCheckpoint
 from anabranch.serving.sequence import Segment
 
 BLOCK = 12

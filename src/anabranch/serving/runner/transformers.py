@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from anabranch.errors import ModelUnsupported
-from anabranch.serving.adapters import AdapterCheckpoint, AdapterError
+from anabranch.errors import AdapterError, ModelUnsupported
+from anabranch.serving.adapters import AdapterCheckpoint
 from anabranch.serving.batch import PackedBatch, PageCopy, StepPlan, StepResult
 from anabranch.serving.runner import paged_attention
 from anabranch.serving.runner.memory import zeros
