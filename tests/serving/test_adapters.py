@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from anabranch import adapters
 from anabranch.errors import AdapterError, ConfigurationError, InvalidRequest, ModelNotFound
 from anabranch.serving import Engine, EngineOptions, Request, kernels
 from anabranch.serving.adapters import (
@@ -31,6 +32,7 @@ from tests import tiny
 from tests.serving.test_fused_runner import rounded
 
 CONFIGS: dict[str, Any] = {
+    "sb": adapters.lora_sb.LoraSBConfig(r=8, target_modules=["q_proj", "gate_proj", "down_proj"]),
     "all": LoraConfig(r=4, lora_alpha=32, target_modules="all-linear"),
     "attention": LoraConfig(r=20, lora_alpha=40, target_modules=["q_proj", "v_proj"]),
     "patterns": LoraConfig(
@@ -92,11 +94,11 @@ def engine_on(kind: str, **options: Any) -> Engine:
     return Engine(runner, options=EngineOptions(kv_memory=memory, page_size=16, **options))
 
 
-def requests_for(adapters: dict[str | None, ServedAdapter | None]) -> list[Request]:
+def requests_for(served: dict[str | None, ServedAdapter | None]) -> list[Request]:
     return [
         Request(f"{name}/{length}", prompt, tiny.greedy([1], 6, ignore_eos=True).sampling, False, a)
         for length, prompt in PROMPTS.items()
-        for name, a in adapters.items()
+        for name, a in served.items()
     ]
 
 
@@ -106,14 +108,14 @@ def test_a_mixed_batch_equals_each_adapter_alone(
     kind: str, budget: int, folders: dict[str, Path], expected: Any
 ) -> None:
     engine = engine_on(kind, token_budget=budget)
-    adapters: dict[str | None, ServedAdapter | None] = {None: None}
+    served: dict[str | None, ServedAdapter | None] = {None: None}
     for name, folder in folders.items():
-        adapters[name] = engine.add_adapter(name, AdapterCheckpoint.read(folder))
-    tokens = engine.generate(requests_for(adapters))
+        served[name] = engine.add_adapter(name, AdapterCheckpoint.read(folder))
+    tokens = engine.generate(requests_for(served))
     for (name, length), answer in expected.items():
         assert tokens[f"{name}/{length}"] == [answer], (name, length)
     # Again: now every prompt's pages are cached, each under its adapter.
-    again = engine.generate(requests_for(adapters))
+    again = engine.generate(requests_for(served))
     assert again == tokens
     assert engine.cache.usage == 0
     engine.cache.check_integrity()
@@ -139,11 +141,11 @@ def test_other_methods_are_served_one_after_the_other(
     adapted = PeftModel.from_pretrained(model(), str(folder)).merge_and_unload()
     adapted.generation_config.eos_token_id = None
     engine = engine_on("transformers")
-    adapters = {
+    served = {
         name: engine.add_adapter(name, AdapterCheckpoint.read(path))
         for name, path in {"ia3": folder, "all": folders["all"]}.items()
     }
-    tokens = engine.generate(requests_for({None: None, **adapters}))
+    tokens = engine.generate(requests_for({None: None, **served}))
     for length, prompt in PROMPTS.items():
         assert tokens[f"ia3/{length}"] == [tiny.reference(adapted, prompt, 6)]
         assert tokens[f"all/{length}"] == [expected["all", length]]
@@ -211,9 +213,9 @@ class TestCheckpoints:
         weights = (folders["all"] / "adapter_model.safetensors").read_bytes()
         (tmp_path / "adapter_model.safetensors").write_bytes(weights)
         checkpoint = AdapterCheckpoint.read(tmp_path)
-        assert "alora_invocation_tokens" in str(checkpoint.not_plain_lora)
+        assert "alora_invocation_tokens" in str(checkpoint.not_low_rank)
         with pytest.raises(AdapterError, match="alora"):
-            checkpoint.lora()
+            checkpoint.low_rank()
 
 
 class TestRemoval:

@@ -1,7 +1,7 @@
 """Reads an adapter's folder in PEFT's format: ``adapter_config.json`` and safetensors.
 
-LoRA checkpoints become plain matrices for each layer, so that a runner can compute many adapters in
-one batch. Everything else is left to PEFT, one adapter at a time.
+Low-rank checkpoints become two matrices for each layer, so that a runner can compute many adapters
+in one batch. Everything else is left to PEFT, one adapter at a time.
 """
 
 from __future__ import annotations
@@ -33,8 +33,15 @@ _CHANGES_THE_FORWARD = (
 """Options of PEFT's LoRA that leave no trace in the names of the tensors."""
 
 
+_FACTORS = {
+    "LORA": (".lora_A.weight", ".lora_B.weight"),
+    "LORA_SB": tuple(f".anabn_lora_sb_branches.{factor}" for factor in ("A", "B", "R.weight")),
+}
+"""Method -> how the names of A, B and, between them, R end in its checkpoints."""
+
+
 @dataclass(frozen=True)
-class LoraWeights:
+class LowRank:
     """The change ``scaling * B A`` of one linear layer: A ``[r, in]``, B ``[out, r]``."""
 
     a: Tensor
@@ -92,46 +99,51 @@ class AdapterCheckpoint:
         return self.config.get("r")
 
     @cached_property
-    def not_plain_lora(self) -> str | None:
-        """Why this is more than a sum of low-rank products, or None if it is exactly that."""
-        if self.method != "LORA":
+    def not_low_rank(self) -> str | None:
+        """Why this is more than a low-rank product for each layer, or None if it is just that."""
+        if self.method not in _FACTORS:
             return f"its method is {self.method}"
         for option in _CHANGES_THE_FORWARD:
             if self.config.get(option):
                 return f"it uses {option}"
         for name in self._names:
-            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            if not name.endswith(_FACTORS[self.method]):
                 return f"it has the tensor {name}"
         return None
 
-    def lora(self) -> dict[str, LoraWeights]:
-        """Module name -> its matrices. Raises :class:`AdapterError` unless it is plain LoRA."""
-        if self.not_plain_lora:
-            raise AdapterError(f"{self.folder} is not a plain LoRA: {self.not_plain_lora}")
+    def low_rank(self) -> dict[str, LowRank]:
+        """Module name -> its matrices. Raises :class:`AdapterError` if there is more to it."""
+        if self.not_low_rank:
+            raise AdapterError(f"{self.folder} is not just low-rank products: {self.not_low_rank}")
+        endings = _FACTORS[self.method]
         layers = {}
         with safe_open(self.folder / WEIGHTS, "pt") as tensors:
             for name in self._names:
-                module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
-                if module in layers:
+                if not name.endswith(endings[0]):
                     continue
-                stem = name.rpartition(".lora_")[0]
+                stem = name.removesuffix(endings[0])
                 try:
-                    a, b = (tensors.get_tensor(f"{stem}.lora_{x}.weight") for x in "AB")
+                    a, b, *core = (tensors.get_tensor(stem + ending) for ending in endings)
                 except SafetensorError as error:
-                    raise AdapterError(f"{self.folder}: {module} lacks a matrix") from error
+                    raise AdapterError(f"{self.folder}: {stem} lacks a matrix") from error
+                module = stem.removeprefix(PREFIX)
                 if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
                     raise AdapterError(
                         f"{self.folder}: {module} has A {list(a.shape)} and B {list(b.shape)}; "
                         f"a linear layer's are [r, in] and [out, r]"
                     )
-                layers[module] = LoraWeights(a, b, self._scaling(module, a.shape[0]))
+                layers[module] = (
+                    LowRank(a, b @ core[0], 1.0) if core else self._scaled(module, a, b)
+                )
         return layers
 
-    def _scaling(self, module: str, rank: int) -> float:
+    def _lora(self, module: str, a: Tensor, b: Tensor) -> LowRank:
         patterns = self.config.get("alpha_pattern") or {}
+        rank = len(a)
         alpha = self.config.get("lora_alpha", rank)
         for pattern, value in patterns.items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 alpha = value
                 break
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return LowRank(a, b, scaling)

@@ -49,14 +49,14 @@ class FusedAdapter:
     def pack(
         cls, checkpoint: AdapterCheckpoint, sites: Sequence[Site], dtype: torch.dtype
     ) -> FusedAdapter:
-        """Raises :class:`AdapterError` if it is not plain LoRA or has other shapes."""
-        reason = checkpoint.not_plain_lora
+        """Raises :class:`AdapterError` if it is more than low rank or has other shapes."""
+        reason = checkpoint.not_low_rank
         if reason:
             raise AdapterError(
                 f"{checkpoint.folder} cannot share a batch: {reason}; serve it with "
                 f"runner=transformers, or merge it into the model"
             )
-        layers = checkpoint.lora()
+        layers = checkpoint.low_rank()
         packed = cls([], [])
         for site in sites:
             packed.a.append([])
