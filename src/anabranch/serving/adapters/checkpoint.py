@@ -133,7 +133,7 @@ class AdapterCheckpoint:
                         f"a linear layer's are [r, in] and [out, r]"
                     )
                 layers[module] = (
-                    LowRank(a, b @ core[0], 1.0) if core else self._scaled(module, a, b)
+                    LowRank(a, b @ core[0], 1.0) if core else self._lora(module, a, b)
                 )
         return layers
 
