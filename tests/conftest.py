@@ -10,8 +10,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from anabranch import models
+
+# A slow machine is no failure; pytest's own timeout finds what hangs.
+settings.register_profile("anabranch", deadline=None)
+settings.load_profile("anabranch")
 
 
 @pytest.fixture(autouse=True)

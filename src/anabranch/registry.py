@@ -21,9 +21,12 @@ from typing import Any
 from anabranch.errors import UnknownName
 
 KINDS: dict[str, str] = {
+    "adapters": "anabranch.adapters:Tuner",
+    "balancers": "anabranch.training.losses:Balancer",
     "claims": "anabranch.claims:Claim",
     "losses": "anabranch.training.losses:Loss",
     "policies": "anabranch.serving.policies:Policy",
+    "tasks": "anabranch.training.tasks:Task",
 }
 """Kind -> ``package:BaseClass``. The package (with its modules) is searched for subclasses."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,8 +58,9 @@ def test_a_result_can_be_repeated_from_what_it_records(holds: bool) -> None:
 
 @pytest.mark.parametrize(("holds", "status"), [(True, 0), (False, 1)])
 def test_the_command_prints_json_and_its_status_is_the_verdict(
-    holds: bool, status: int, monkeypatch: pytest.MonkeyPatch
+    holds: bool, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path))
     monkeypatch.setattr("anabranch.claims.find", lambda name: measured(holds))
     ran = CliRunner().invoke(app, ["claims", "run", "one", "two", "--json", "--seed", "3"])
     assert ran.exit_code == status

@@ -8,11 +8,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, ClassVar, Literal
 
 from anabranch import registry
 from anabranch.errors import UnknownName
+from anabranch.evaluation.plotting import Plot
 from anabranch.models.progress import Progress, silent
 
 VERSIONS_OF = ("anabranch", "torch", "transformers", "numpy")
@@ -20,13 +22,17 @@ VERSIONS_OF = ("anabranch", "torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Measurement:
-    """What an experiment found. ``figures`` are plain values: numbers, texts, lists, dicts."""
+    """What an experiment found. ``figures`` are plain values: numbers, texts, lists, dicts.
+
+    ``plots`` are drawn by ``anabranch claims report``.
+    """
 
     figures: Mapping[str, Any]
     holds: bool
     seeds: tuple[int, ...]
     note: str = ""
     """What a reader must know to judge the figures, for example why the effect does not show."""
+    plots: tuple[Plot, ...] = ()
 
 
 class Claim(ABC):
@@ -66,6 +72,9 @@ class ClaimResult:
     seeds: tuple[int, ...]
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
+    finished: str
+    """When, ISO 8601 in UTC."""
+    plots: tuple[Plot, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -75,6 +84,12 @@ class ClaimResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ClaimResult:
+        """The inverse of :meth:`to_dict`, also after JSON; TypeError or KeyError if it is not."""
+        plots = tuple(Plot.from_dict(plot) for plot in values["plots"])
+        return cls(**{**values, "seeds": tuple(values["seeds"]), "plots": plots})
 
 
 def find(name: str) -> type[Claim]:
@@ -105,6 +120,8 @@ def run_claim(claim: Claim, seed: int = 0, progress: Progress = silent) -> Claim
         seeds=measured.seeds,
         versions={name: version(name) for name in VERSIONS_OF},
         machine=machine(),
+        finished=datetime.now(UTC).isoformat(timespec="microseconds"),
+        plots=measured.plots,
     )
 
 

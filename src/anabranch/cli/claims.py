@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -41,9 +42,11 @@ def run(
     """Run claims; the exit status is 0 only if all of them hold.
 
     Each takes at most three minutes on two cores. With --json, one object per claim and line.
+    Results are kept in the cache folder; ``anabranch claims report`` shows them.
     """
     from anabranch import registry
     from anabranch.claims import find, run_claim
+    from anabranch.claims.store import save
 
     if bool(names) == everything:
         raise typer.BadParameter("name claims, or pass --all", param_hint="NAMES")
@@ -52,12 +55,29 @@ def run(
     for claim in list(chosen):
         with progress() as report:
             result = run_claim(claim(), seed, lambda m, f, c=claim: report(f"{c.id}: {m}", f))  # type: ignore[misc]
+        save(result)
         hold = hold and result.holds
         if json:
             print_json(result.to_dict(), indent=None)
         else:
             show(result)
     raise typer.Exit(0 if hold else 1)
+
+
+@app.command("report")
+def report(
+    output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("claims-report"),
+    json: Json = False,
+) -> None:
+    """Write an HTML page and a Markdown file over everything that was run here, with plots."""
+    from anabranch.claims.report import write_report
+
+    html, markdown = write_report(output)
+    if json:
+        print_json({"html": str(html), "markdown": str(markdown)})
+        return
+    out.print(str(html))
+    out.print(str(markdown))
 
 
 def show(result: Any) -> None:

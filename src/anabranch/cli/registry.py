@@ -17,10 +17,19 @@ def list_(
     kind: Annotated[str | None, typer.Argument(help="Without it, the kinds.")] = None,
     json: Json = False,
 ) -> None:
-    """List the plug-ins of a kind, or the kinds."""
+    """List the plug-ins of a kind, the built-in recipes, or the kinds."""
+    if kind == "adapters":  # most of them are PEFT's and no plug-ins of ours
+        from anabranch.cli.adapters import list_ as list_adapters
+
+        list_adapters(json)
+        return
     if kind is None:
         rows = dict(registry.KINDS)
         title = "kind"
+    elif kind == "recipes":
+        from anabranch.training.recipe_file import built_in_recipes
+
+        rows, title = built_in_recipes(), kind
     else:
         rows = {name: registry.summary(cls) for name, cls in registry.available(kind).items()}
         title = kind

@@ -6,6 +6,7 @@ model's draws edges. The trainer's step is the same for all::
 
     micro_batches = objective.plan(items)
     denominators = objective.denominators(items)        # over the whole step, summed over ranks
+    denominators += objective.first_pass(model, each)   # if objective.two_pass
     for micro_batch in micro_batches:
         output = objective.loss(model, micro_batch, denominators)
         output.loss.backward()
@@ -39,8 +40,34 @@ class LossOutput:
     sums: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Prepared(Generic[Item]):
+    """Items that can be trained on, and how many rows were left out or cut, by reason."""
+
+    items: Sequence[Item]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
 class Objective(ABC, Generic[Item, MicroBatch]):
     """Turns items into micro-batches and micro-batches into a loss."""
+
+    def prepare(self, items: Sequence[Item]) -> Prepared[Item]:
+        """Refuse or leave out items that cannot be trained on; called once, before training.
+
+        Raises :class:`DataError` naming the rows, unless the objective was given a policy.
+        """
+        return Prepared(items)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise :class:`TrainingError` if this model cannot be trained; called before training."""
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the objective, as JSON values; a run is only resumed with the same."""
+        return {"objective": type(self).__name__}
+
+    def fingerprint(self, items: Sequence[Item]) -> str:
+        """What identifies the items; a run is only resumed on the same ones."""
+        return f"{len(items)} items"
 
     @abstractmethod
     def plan(self, items: Sequence[Item]) -> list[MicroBatch]:
@@ -55,6 +82,17 @@ class Objective(ABC, Generic[Item, MicroBatch]):
         self, model: nn.Module, micro_batch: MicroBatch, denominators: Mapping[str, float]
     ) -> LossOutput:
         """This micro-batch's share of the loss; the shares of a step add up to its loss."""
+
+    two_pass: bool = False
+    """Whether :meth:`first_pass` runs before a step's losses."""
+
+    def first_pass(self, model: nn.Module, micro_batch: MicroBatch) -> Mapping[str, float]:
+        """What the loss must know of the whole step before any part of it; without gradient.
+
+        Summed over the micro-batches and ranks, and handed to :meth:`loss` with the denominators.
+        The pass sees the same dropout as the one with gradient if the generator is set back.
+        """
+        return {}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Figures to log from the totals of a step's (or an evaluation's) ``sums``."""

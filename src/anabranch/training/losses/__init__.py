@@ -5,6 +5,7 @@ belongs, never the model: the forward pass, packing and the head on wanted rows 
 :mod:`anabranch.training.language`.
 """
 
+from anabranch.training.losses.balance import Balancer
 from anabranch.training.losses.base import Loss, TokenScores
 
-__all__ = ["Loss", "TokenScores"]
+__all__ = ["Balancer", "Loss", "TokenScores"]

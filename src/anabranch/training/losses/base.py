@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from anabranch.training.example import Item
+from anabranch.training.hooks import Hook
 from anabranch.training.objective import LossOutput
 
 
@@ -45,6 +46,17 @@ class Loss(ABC):
     @abstractmethod
     def __call__(self, scores: TokenScores, denominators: Mapping[str, float]) -> LossOutput:
         """This micro-batch's share of the step's loss, and sums to log."""
+
+    two_pass: bool = False
+    """Whether :meth:`first_pass` runs before a step's losses."""
+
+    def first_pass(self, scores: TokenScores) -> Mapping[str, float]:
+        """Sums over the whole step that the loss needs beforehand, like denominators."""
+        return {}
+
+    def hooks(self, items: Sequence[Item], validation: Sequence[Item]) -> Sequence[Hook]:
+        """What the loss does around a run's steps, given the run's data; pass it to the trainer."""
+        return ()
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Figures to log from the totals of the sums of a step or an evaluation."""

@@ -1,0 +1,155 @@
+"""Short texts with 15 to 20 human ratings each: polarity of tweets, films, products, newspapers.
+
+The data are those of VADER (Hutto and Gilbert, ICWSM 2014), inside the source distribution of the
+package ``vaderSentiment`` 3.3.2 (MIT). They are fetched once with pip, which checks the SHA-256,
+and kept in the cache folder; nothing of the package is installed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from anabranch.models.cache import file_sha256, root
+from anabranch.models.progress import Progress, silent
+from anabranch.training.errors import DataError
+
+LABELS = ("negative", "neutral", "positive")
+DOMAINS = {
+    "tweets": "tweets",
+    "film": "movieReviewSnippets",
+    "product": "amazonReviewSnippets",
+    "newspaper": "nytEditorialSnippets",
+}
+_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+_INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class RatedText:
+    """A text with its raters' scores, -4 to 4. ``label`` is that of the mean score."""
+
+    text: str
+    domain: str
+    label: str
+    ratings: tuple[str, ...]
+    """Each rater's own label."""
+
+
+def rated_texts(progress: Progress = silent) -> list[RatedText]:
+    """All texts of the four domains, in the order of the files.
+
+    Raises :class:`DataError` if the archive is not there and cannot be fetched, or is damaged.
+    """
+    path = root() / "data" / _ARCHIVE
+    if not path.is_file() or file_sha256(path) != _SHA256:
+        progress("fetching 2.5 MB of rated texts", None)
+        _fetch(path)
+    try:
+        with tarfile.open(path) as outer:
+            inner = outer.extractfile(_INNER)
+            assert inner is not None
+            with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
+                return [text for domain in DOMAINS for text in _domain(archive, domain)]
+    except (tarfile.TarError, KeyError, ValueError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}; delete it to fetch it again") from error
+
+
+def polarity(score: float) -> str:
+    """Negative below -0.5, positive above 0.5, neutral between."""
+    return LABELS[int(score >= -0.5) + int(score > 0.5)]
+
+
+def stratified(texts: Sequence[RatedText], count: int, seed: int) -> list[RatedText]:
+    """``count`` texts drawn at random, as many from every domain (one more from the first few)."""
+    generator = np.random.default_rng(seed)
+    queues = []
+    for domain in sorted({text.domain for text in texts}):
+        own = [text for text in texts if text.domain == domain]
+        queues.append([own[i] for i in generator.permutation(len(own))])
+    if count > sum(map(len, queues)):
+        raise DataError(f"{count} texts are wanted, there are {sum(map(len, queues))}")
+    drawn: list[RatedText] = []
+    while len(drawn) < count:
+        for queue in queues:
+            if queue and len(drawn) < count:
+                drawn.append(queue.pop())
+    return drawn
+
+
+def made_texts(count: int, seed: int) -> list[RatedText]:
+    """Stand-ins where nothing can be fetched: sentences made of opinion words, with made raters."""
+    generator = np.random.default_rng(seed)
+    words = {
+        "negative": ["awful", "boring", "broken", "dreadful", "useless", "disappointing"],
+        "neutral": ["blue", "rectangular", "recent", "available", "metallic", "Norwegian"],
+        "positive": ["brilliant", "charming", "excellent", "lovely", "superb", "delightful"],
+    }
+    things = ["film", "camera", "novel", "phone", "restaurant", "article", "concert", "printer"]
+    found = []
+    for _ in range(count):
+        label = LABELS[generator.integers(3)]
+        text = f"The {generator.choice(things)} was {generator.choice(words[label])}."
+        ratings = [
+            label if generator.random() < 0.8 else LABELS[generator.integers(3)] for _ in range(15)
+        ]
+        found.append(RatedText(text, "made", label, tuple(ratings)))
+    return found
+
+
+def _domain(archive: tarfile.TarFile, domain: str) -> list[RatedText]:
+    texts = _table(archive, f"{DOMAINS[domain]}_GroundTruth.txt")
+    ratings = _table(archive, f"{DOMAINS[domain]}_anonDataRatings.txt")
+    found = []
+    for key, (_, text) in texts.items():
+        scores = json.loads(ratings[key][-1])
+        own = tuple(polarity(score) for score in scores)
+        found.append(RatedText(text, domain, polarity(float(np.mean(scores))), own))
+    return found
+
+
+def _table(archive: tarfile.TarFile, name: str) -> dict[str, list[str]]:
+    """Id -> the other columns; the last column may hold tabs."""
+    file = archive.extractfile(f"hutto_ICWSM_2014/{name}")
+    assert file is not None
+    columns = 2 if name.endswith("GroundTruth.txt") else 3
+    lines = file.read().decode("utf-8-sig", errors="replace").splitlines()
+    rows = (line.split("\t", columns) for line in lines if line.strip())
+    return {key: rest for key, *rest in rows}
+
+
+def _fetch(path: Path) -> None:
+    """Download with pip, which refuses any other content, and move into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        wanted = Path(folder) / "requirements.txt"
+        wanted.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{_SHA256}\n")
+        command = [
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+            *("--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes"),
+            *("--retries", "1", "--timeout", "10", "-d", folder, "-r", str(wanted)),
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        except (subprocess.TimeoutExpired, OSError) as error:
+            reason = str(error)
+        # pip may fail at reading the package's metadata, after a complete download.
+        fetched = Path(folder) / _ARCHIVE
+        if not fetched.is_file() or file_sha256(fetched) != _SHA256:
+            raise DataError(
+                f"the rated texts ({_ARCHIVE}) cannot be fetched with pip: {reason}; put the file "
+                f"at {path} to use it offline"
+            )
+        fetched.replace(path)
