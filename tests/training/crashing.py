@@ -30,6 +30,9 @@ from tests.training.helpers import Regression, options, points
 
 STEPS = 60
 
+# A fork of a process whose OpenMP threads have worked would wait for threads that it does not have.
+torch.set_num_threads(1)
+
 
 class Slow(Hook):
     """Makes a step as long as writing its checkpoint, so that kills fall in both."""

@@ -34,8 +34,8 @@ class PEFTSurvey(Claim):
     name = "peft-survey"
     system = "PEFT survey (taxonomy)"
     paper = (
-        "no single method wins; LoRA-like ones dominate practice; PEFT's own run: LoRA 47.8 %, full "
-        "47.2 %, prefix tuning 18.6-41.6 % on GSM8K"
+        "no single method wins; LoRA-like ones lead in practice; in PEFT's run LoRA 47.8, full "
+        "47.2, prefix tuning 18.6-41.6 % on GSM8K"
     )
     baseline = "full fine-tuning from the same base on the same items"
     method = "12 methods of five leaves with 2 % (within a fifth) of the weights"
