@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 
-.PHONY: up test lint format bench bench-serving claims clean
+.PHONY: up test lint format bench bench-serving bench-soak claims clean
 
 up: $(VENV)/.runtime
 	@exec $(BIN)/anabranch up $(ARGS)
@@ -29,6 +29,9 @@ bench: $(VENV)/.development
 
 bench-serving: $(VENV)/.development
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-soak: $(VENV)/.development
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 claims: $(VENV)/.development
 	$(BIN)/anabranch claims run $(or $(ARGS),--all)

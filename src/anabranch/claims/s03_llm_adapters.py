@@ -21,8 +21,8 @@ from anabranch.training.example import Item
 from anabranch.training.tasks.arithmetic import Arithmetic
 from anabranch.training.template import Template
 
-HELD_OUT = (1, 3)
-"""Templates of the test problems; the others are trained on."""
+HELD_OUT = 4
+"""Every fourth wording is only tested; the others are trained on."""
 TEST = 40
 TRAIN = 600
 STEPS = 50
@@ -103,7 +103,9 @@ def judge(rows: Mapping[str, Row], seed: int) -> Measurement:
         seeds=(seed,),
         note=f"SmolLM2-135M in float32, {STEPS} steps of {BATCH} problems, {TEST} held-out ones "
         f"with wordings that were not trained on; learning rate {RATE:g}, prefix "
-        f"{RATES['prefix_tuning']:g}.",
+        f"{RATES['prefix_tuning']:g}. A first version fell short (base 1.440, LoRA 1.505, parallel "
+        f"1.336, series 1.397, prefix 3.124 nats): it had five wordings in all, each with words of "
+        f"its own in the worked answer. Now there are twenty, and worked answers are equations.",
     )
 
 
@@ -117,5 +119,5 @@ def word_problems(loaded: Any, seed: int) -> Problem:
     for row in generate("arithmetic", seed, {"rows": 2 * TRAIN}):
         item = tuple(template.example(rendered) for rendered in task.render(row))
         if len(item[0]) <= LONGEST:
-            (test if row["template"] in HELD_OUT else train).append(item)
+            (test if row["template"] % HELD_OUT == 0 else train).append(item)
     return Problem(train[:TRAIN], test[:TEST], test[:1], STEPS, BATCH)

@@ -29,18 +29,63 @@ WORDS = _words(
 NAMES = _words("Ada Ben Chloe Dan Eva Finn Grace Hugo Iris Jack Kira Leo Maya Noah Olga Paul")
 THINGS = _words("apples books coins eggs keys marbles pencils shells stamps stones tickets toys")
 
-STORIES: tuple[tuple[str, Callable[[int, int, int], int], str], ...] = (
+Worked = tuple[str, int]
+"""Equations, step by step, and what they come to."""
+
+
+def _steps(*equations: str) -> Worked:
+    """``("3 + 4", ...)`` -> ``("3 + 4 = 7. ...", result of the last)``; one sign in each."""
+    texts = []
+    for equation in equations:
+        left, sign, right = equation.split()
+        x, y = int(left), int(right)
+        result = {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[sign]
+        texts.append(f"{equation} = {result}.")
+    return " ".join(texts), result
+
+
+STORIES: tuple[tuple[str, Callable[[int, int, int], Worked]], ...] = (
     ("{a} has {x} {t}. {b} gives {a} {y} more. How many {t} does {a} have now?",
-     lambda x, y, z: x + y, "{a} had {x} and got {y}: {x} + {y} = {r}."),
+     lambda x, y, z: _steps(f"{x} + {y}")),
     ("There were {x} {t} on the table and {a} took {z} of them. How many are left?",
-     lambda x, y, z: x - z, "Of {x} {t}, {z} are gone: {x} - {z} = {r}."),
+     lambda x, y, z: _steps(f"{x} - {z}")),
     ("{a} packs {x} boxes with {z} {t} in each. How many {t} is that?",
-     lambda x, y, z: x * z, "{x} boxes of {z}: {x} * {z} = {r}."),
+     lambda x, y, z: _steps(f"{x} * {z}")),
     ("{a} buys {x} {t} in the morning, and in the evening {y} more than in the morning. How many "
      "{t} did {a} buy that day?",
-     lambda x, y, z: x + x + y, "In the evening {x} + {y} = {s}. Together {x} + {s} = {r}."),
+     lambda x, y, z: _steps(f"{x} + {y}", f"{x} + {x + y}")),
     ("{a} and {b} each collect {x} {t}, then lose {z} in all. How many do they still have?",
-     lambda x, y, z: 2 * x - z, "They collect 2 * {x} = {d} and lose {z}: {d} - {z} = {r}."),
+     lambda x, y, z: _steps(f"2 * {x}", f"{2 * x} - {z}")),
+    ("{a} counted {x} {t} on Monday and {y} on Tuesday. How many {t} in two days?",
+     lambda x, y, z: _steps(f"{x} + {y}")),
+    ("{a} owned {xz} {t} and sold {z} of them to {b}. How many does {a} keep?",
+     lambda x, y, z: _steps(f"{x + z} - {z}")),
+    ("{a} shares {m} {t} equally among {z} friends. How many does each friend get?",
+     lambda x, y, z: _steps(f"{x * z} / {z}")),
+    ("Each of {z} bags holds {x} {t}, and {a} adds {y} loose ones. How many {t} are there?",
+     lambda x, y, z: _steps(f"{z} * {x}", f"{z * x} + {y}")),
+    ("{a} has {x} {t}, and {b} has {y} more than {a}. How many {t} does {b} have?",
+     lambda x, y, z: _steps(f"{x} + {y}")),
+    ("{a} has {x} {t}. {b} has {z} times as many. How many {t} does {b} have?",
+     lambda x, y, z: _steps(f"{z} * {x}")),
+    ("{a} earns {x} {t} a day for {z} days and then finds {y} more. How many {t} has {a}?",
+     lambda x, y, z: _steps(f"{x} * {z}", f"{x * z} + {y}")),
+    ("{a} needs {xy} {t} and has {x}. How many are missing?",
+     lambda x, y, z: _steps(f"{x + y} - {x}")),
+    ("A box has {x} red and {y} blue {t}, and {a} takes out {z}. How many are in it now?",
+     lambda x, y, z: _steps(f"{x} + {y}", f"{x + y} - {z}")),
+    ("{a} puts {m} {t} into bags of {z}. How many bags does {a} fill?",
+     lambda x, y, z: _steps(f"{x * z} / {z}")),
+    ("{b} is {x} years old, and {a} is {z} years older. How old are they together?",
+     lambda x, y, z: _steps(f"{x} + {z}", f"{x} + {x + z}")),
+    ("A shop sells {x} {t} on Friday and twice as many on Saturday. How many in both days?",
+     lambda x, y, z: _steps(f"2 * {x}", f"{x} + {2 * x}")),
+    ("{a} had {xzz} {t}, lost {z} on Monday and {z} again on Tuesday. How many are left?",
+     lambda x, y, z: _steps(f"{x + 2 * z} - {z}", f"{x + z} - {z}")),
+    ("A train has {z} cars with {x} seats each, and {z} seats are broken. How many can be used?",
+     lambda x, y, z: _steps(f"{z} * {x}", f"{z * x} - {z}")),
+    ("Each of {x} children gets {z} {t}, and {y} are left over. How many were there at first?",
+     lambda x, y, z: _steps(f"{x} * {z}", f"{x * z} + {y}")),
 )  # fmt: skip
 
 
@@ -77,16 +122,17 @@ def arithmetic(rng: np.random.Generator, rows: int = 800, largest: int = 50) -> 
     """
     for _ in range(rows):
         template = int(rng.integers(len(STORIES)))
-        question, result, rationale = STORIES[template]
+        question, work = STORIES[template]
         x, y = (int(n) for n in rng.integers(2, largest + 1, 2))
         z = int(rng.integers(2, min(9, x) + 1))
         first, second = rng.choice(NAMES, 2, replace=False)
         values = {"a": first, "b": second, "t": rng.choice(THINGS), "x": x, "y": y, "z": z}
-        values |= {"r": (r := result(x, y, z)), "s": x + y, "d": 2 * x}
+        values |= {"xy": x + y, "xz": x + z, "xzz": x + 2 * z, "m": x * z}
+        rationale, result = work(x, y, z)
         yield {
             "instruction": question.format(**values),
-            "output": f"{rationale.format(**values)} The answer is {r}.",
-            "answer": str(r),
+            "output": f"{rationale} The answer is {result}.",
+            "answer": str(result),
             "template": template,
         }
 
