@@ -28,7 +28,7 @@ from anabranch.claims.base import machine
 from anabranch.models.protocol import SamplingParameters
 from anabranch.serving import EngineModel, EngineOptions
 
-KV_MEMORY = 2**30
+KV_MEMORY = 2**29
 """Bytes; little enough to be full, and from then on used again, within the first minute."""
 WARM_UP_SECONDS = 60.0
 GROWTH, SLOWEST = 1.02, 5.0
@@ -68,8 +68,10 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
     ]
     await asyncio.sleep(min(WARM_UP_SECONDS, seconds / 2))
     before, first = process.memory_info().rss, len(steps)
+    samples = asyncio.create_task(sample(process))
     finished = sum(await asyncio.gather(*streams))
     after = process.memory_info().rss
+    samples.cancel()
     generated = model.statistics().generated_tokens
     await model.close()
     measured = steps[first:]
@@ -85,9 +87,21 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
         "step_slowest_ratio": round(slowest / median, 2),
         "memory_mib": [round(before / 2**20), round(after / 2**20)],
         "memory_ratio": round(after / before, 4),
+        "memory_mib_every_30_seconds": await samples,
         "holds": after <= GROWTH * before and slowest <= SLOWEST * median,
         "machine": machine(),
     }
+
+
+async def sample(process: psutil.Process) -> list[int]:
+    """Resident MiB every 30 seconds until cancelled."""
+    taken: list[int] = []
+    try:
+        while True:
+            taken.append(round(process.memory_info().rss / 2**20))
+            await asyncio.sleep(30)
+    except asyncio.CancelledError:
+        return taken
 
 
 def time_steps(model: EngineModel) -> list[float]:

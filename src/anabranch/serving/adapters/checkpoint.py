@@ -132,9 +132,7 @@ class AdapterCheckpoint:
                         f"{self.folder}: {module} has A {list(a.shape)} and B {list(b.shape)}; "
                         f"a linear layer's are [r, in] and [out, r]"
                     )
-                layers[module] = (
-                    LowRank(a, b @ core[0], 1.0) if core else self._lora(module, a, b)
-                )
+                layers[module] = LowRank(a, b @ core[0], 1.0) if core else self._lora(module, a, b)
         return layers
 
     def _lora(self, module: str, a: Tensor, b: Tensor) -> LowRank:
