@@ -26,7 +26,6 @@ VOCABULARY = 256
 
 @cache
 def _llama() -> PreTrainedModel:
-    torch.manual_seed(7)
     config = LlamaConfig(
         hidden_size=48,
         intermediate_size=64,
@@ -39,7 +38,9 @@ def _llama() -> PreTrainedModel:
         eos_token_id=None,
         initializer_range=0.2,  # sharp enough that rounding never decides between two tokens
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.random.fork_rng():  # whoever comes first draws the same numbers as the others
+        torch.manual_seed(7)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def llama() -> PreTrainedModel:
