@@ -15,6 +15,7 @@ A branch computes in float32 if the base is in 16 or fewer bits, and its result 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ class Site:
         return tensors[0].device if tensors else torch.device("cpu")
 
 
-class Branch(nn.Module):
+class Branch(nn.Module, ABC):
     """One adapter on one module: override :meth:`forward`, and :meth:`fold` if it can be merged.
 
     Trainable tensors are parameters, frozen ones buffers; both are saved.
@@ -133,9 +134,9 @@ class Branch(nn.Module):
     def __init__(self, site: Site, config: Any) -> None:
         super().__init__()
 
+    @abstractmethod
     def forward(self, z: Tensor) -> Tensor:
         """[..., features of the place] -> the same for input and output, out_features else."""
-        raise NotImplementedError
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of a module that does what the given ones and this branch do."""

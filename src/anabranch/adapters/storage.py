@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from anabranch.adapters.building import attach
 from anabranch.adapters.errors import AdapterError, AdapterMismatch
 from anabranch.adapters.rollback import unchanged_on_error
 from anabranch.errors import did_you_mean
+from anabranch.files import sync
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -45,11 +45,11 @@ def save(model: PeftModel, folder: str | Path, adapter: str = "default") -> Path
         # PEFT writes every adapter but "default" into a folder of its name.
         written = beside if adapter == "default" else beside / adapter
         for file in written.iterdir():
-            _flush(file)
-        _flush(written)
+            sync(file)
+        sync(written)
         written.chmod(0o755)  # a temporary folder is its owner's only
         written.rename(folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
@@ -131,11 +131,3 @@ def _read_config(folder: Path) -> Any:
             f"it was written with peft {stored.get('peft_version', 'of unknown version')}"
         )
     return config.from_pretrained(str(folder))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,8 +5,6 @@ Pure functions of the stored results; :mod:`anabranch.claims.store` has the file
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from anabranch.claims.report_page import HTML, MARKDOWN
 from anabranch.claims.store import Unreadable, history
 from anabranch.errors import AnabranchError
 from anabranch.evaluation.plotting import svg
+from anabranch.files import write_text
 from anabranch.models.cache import slug
 
 _MIDDLE_GREY = "#808080"
@@ -60,9 +59,9 @@ def write_report(output: Path) -> tuple[Path, Path]:
         # Plots first: the text may not link to what is not there yet.
         for one in entries:
             for number, plot in enumerate(one.result.plots):
-                _write(output / _plot_name(one, number), svg(plot, _MIDDLE_GREY))
-        _write(html, render(HTML, entries, claims, unreadable))
-        _write(markdown, render(MARKDOWN, entries, claims, unreadable))
+                write_text(output / _plot_name(one, number), svg(plot, _MIDDLE_GREY))
+        write_text(html, render(HTML, entries, claims, unreadable))
+        write_text(markdown, render(MARKDOWN, entries, claims, unreadable))
     except OSError as error:
         raise AnabranchError(
             f"cannot write the report to {output}: {error}; choose another folder with --output"
@@ -146,14 +145,3 @@ def _plot_name(one: Entry, number: int) -> str:
 def _cell(text: str) -> str:
     """Text that cannot end a cell of a Markdown table."""
     return str(text).replace("|", "\\|").replace("\n", " ")
-
-
-def _write(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".partial", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)

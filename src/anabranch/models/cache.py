@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anabranch.errors import ModelError
+from anabranch.files import sync, sync_tree
 from anabranch.models.card import ModelCard
 from anabranch.models.progress import Progress, silent
 
@@ -138,7 +139,7 @@ class Entry:
             partial.mkdir(parents=True)
             try:
                 yield partial
-                _flush(partial)
+                sync_tree(partial)
                 _publish(partial, self.path)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -272,17 +273,4 @@ def _publish(partial: Path, final: Path) -> None:
         final.rename(outdated)
         shutil.rmtree(outdated)
     partial.rename(final)
-    _sync(final.parent)
-
-
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    sync(final.parent)

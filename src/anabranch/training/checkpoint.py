@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from anabranch.files import sync
 from anabranch.training.errors import CheckpointError
 from anabranch.training.state import join_tensors, split_tensors
 
@@ -81,7 +81,7 @@ class CheckpointStore:
                 # Only a damaged checkpoint that a resumed run went back behind is written again.
                 shutil.rmtree(target)
             draft.rename(target)
-            _flush(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)
             kept = ", ".join(f"step {s}" for s in self.steps()) or "none"
@@ -139,12 +139,12 @@ def _write(folder: Path, step: int, identity: Mapping[str, Any], state: Mapping[
     (folder / STATE).write_text(json.dumps(tree))
     files = {}
     for name in (STATE, TENSORS):
-        _flush(folder / name)
+        sync(folder / name)
         files[name] = _fingerprint(folder / name)
     manifest = {"format": FORMAT, "step": step, "identity": identity, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _flush(folder / MANIFEST)
-    _flush(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _unshared(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,12 +162,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _flush(path: Path) -> None:
-    """Ask the operating system to put a file, or a folder's list of files, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

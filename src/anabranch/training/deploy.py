@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from anabranch.errors import ConfigurationError
+from anabranch.files import sync, sync_tree, write_json, write_text
 from anabranch.models import cache
 from anabranch.models.card import ModelCard
-from anabranch.training.run_record import write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,9 +59,9 @@ def publish_adapter(
         shutil.copytree(adapter, partial)
         _describe(partial, card, monitor)
         write_json(partial / RECORD, dict(facts))
-        _flush(partial)
+        sync_tree(partial)
         partial.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
@@ -125,16 +125,3 @@ def _run_of(folder: Path) -> str | None:
         if run is not None:
             return str(run)
     return None
-
-
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

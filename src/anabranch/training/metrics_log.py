@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from anabranch.files import write_text
 
 
 class MetricsLog:
@@ -20,12 +21,7 @@ class MetricsLog:
         """Keep the lines up to ``step``, so that no step appears twice."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= step]
-        draft = self.path.with_name(self.path.name + ".tmp")
-        with draft.open("w") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path)
+        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write one line. Values that JSON has no number for become null."""

@@ -24,6 +24,7 @@ from typing import Any
 
 from anabranch import adapters
 from anabranch.errors import ConfigurationError
+from anabranch.files import write_json
 from anabranch.models.progress import Progress, silent, within
 from anabranch.training import deploy
 from anabranch.training.checks import ALL_WEIGHTS, check
@@ -33,7 +34,7 @@ from anabranch.training.evaluation import Scores, compare, regression
 from anabranch.training.example import Item
 from anabranch.training.recipe import Recipe
 from anabranch.training.report import write_report
-from anabranch.training.run_record import RunRecord, read_json, write_json
+from anabranch.training.run_record import RunRecord, read_json
 from anabranch.training.setup import Setup, load_base
 from anabranch.training.trainer import Trainer
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import MissingExtra
+from anabranch.files import write_text
 from anabranch.training.data.report import DataReport
 from anabranch.training.plots import plot_losses
 from anabranch.training.recipe_file import dump_yaml
-from anabranch.training.run_record import write_text
 
 Table = Sequence[Sequence[str]]
 """Rows of cells; the first row is the head."""
