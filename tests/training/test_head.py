@@ -41,7 +41,7 @@ def test_equal_to_full_autograd(chunk, frozen, extra):
 
 def test_a_bias_is_not_forgotten():
     head = Head(nn.Linear(8, 13).requires_grad_(False))
-    assert head.frozen_matrix is None
+    assert head.frozen is None
     (losses, inner, _), (losses_, inner_, _) = both(head, 4)
     torch.testing.assert_close(losses, losses_)
     torch.testing.assert_close(inner, inner_)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ from anabranch.models.protocol import ModelStatistics, OutputDelta
 from anabranch.planning import CostModel
 from anabranch.serving.adapters import AdapterCheckpoint, ServedAdapter
 from anabranch.serving.batch import StepPlan, StepResult
+from anabranch.serving.coserving import FinetuneJob, JobHandle, Listener
+from anabranch.serving.coserving.coserving import CoServing
+from anabranch.serving.coserving.pages import PagePool
+from anabranch.serving.coserving.running import RunningJob
 from anabranch.serving.kv_cache import KVCacheManager
 from anabranch.serving.options import EngineOptions
 from anabranch.serving.output import OutputBuilder
@@ -33,6 +38,9 @@ from anabranch.serving.scheduler import TokenBudgetScheduler
 from anabranch.serving.sequence import Request, Segment, Sequence
 
 logger = logging.getLogger(__name__)
+
+FEWEST_PROMPT_TOKENS = 16
+"""Of a step with a latency target: prompts go on even where the target cannot be met."""
 
 FAILED = "this request could not be computed; the server's log says why"
 NOT_FINITE = "the model computed values that are not finite for this request"
@@ -69,7 +77,8 @@ class Engine:
                 f"max_model_len is {wanted}, but the model's context is {runner.context_length}"
             )
         pages = options.resolved_pages(runner.page_bytes, wanted, device)
-        runner.allocate(pages)
+        pool = PagePool(pages, -(-options.finetune_tokens // options.page_size), options.page_size)
+        runner.allocate(pages + pool.count)
         self.options = options
         self.kv_memory = pages * runner.page_bytes
         self.cost_model = CostModel()
@@ -80,13 +89,20 @@ class Engine:
         self.scheduler = TokenBudgetScheduler(
             self.cache, policy, self.token_budget, options.max_sequences
         )
+        self.coserving = CoServing(
+            runner, pool, self.cost_model, clock, self._publish, options.time_between_tokens
+        )
+        """Fine-tuning jobs, which compute in what requests leave of the steps."""
+        self._published: dict[str, ServedAdapter] = {}
         self._runner = runner
         self._clock = clock
+        self.end_tokens = tuple(sorted(end_tokens))
         self._output = OutputBuilder(tokenizer, frozenset(end_tokens))
         self._requests: dict[str, list[Sequence]] = {}
         self._adapters: set[ServedAdapter] = set()
         self._adapter_users: Counter[ServedAdapter] = Counter()
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._target_steps = self._target_met = 0
 
     def check(self, request: Request) -> None:
         """Raise :class:`InvalidRequest` if the request can never be served. Changes nothing."""
@@ -180,6 +196,20 @@ class Engine:
             self._adapters.remove(adapter)
             self._drop_unused(adapter)
 
+    def finetune(self, job: FinetuneJob, listener: Listener | None = None) -> JobHandle:
+        """Train an adapter in the steps to come; see :class:`FinetuneJob`.
+
+        Its published versions are in :meth:`finetuned`. Raises an :class:`AnabranchError` if the
+        job can never run here.
+        """
+        prepared = self.coserving.prepare(job, listener)
+        self.coserving.add(prepared)
+        return prepared.handle
+
+    def finetuned(self, adapter: str) -> ServedAdapter:
+        """The newest version that a job published under a name, for requests."""
+        return self._published[adapter]
+
     def generate(self, requests: SequenceOf[Request]) -> dict[str, list[list[int]]]:
         """Run requests to the end. Returns the token ids of each request's choices."""
         tokens: dict[str, list[list[int]]] = {}
@@ -197,26 +227,33 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether :meth:`step` would compute something."""
-        return self.scheduler.has_work
+        """Whether :meth:`step` would compute something, or a job waits for what it writes."""
+        return self.scheduler.has_work or self.coserving.has_work()
 
     def step(self) -> list[StepOutput]:
         """Compute one batch of segments and return what it added to the requests."""
-        # 1. Decide which tokens to compute.
-        plan = self.scheduler.schedule()
+        # 1. Decide which tokens to compute: those of requests, and to train what time allows.
+        began = self._clock()
+        requested = self.scheduler.schedule(self._budget())
+        plan = self.coserving.extend(requested, self.options.page_size)
         if plan is None:
+            self.coserving.work(0)
             return []
 
         # 2. Compute them. Sequences that fail are taken out; the others go on.
-        began = self._clock()
         plan, result, outputs = self._execute(plan)
         if result is None:
             return outputs
-        self.cost_model.observe(plan.num_tokens, plan.num_context, self._clock() - began)
+        num_tokens = plan.num_tokens
+        self.cost_model.observe(num_tokens, plan.num_context, self._clock() - began)
 
         # 3. Their keys and values are in the cache now.
         for segment in plan.segments:
-            self.scheduler.computed(segment)
+            if segment.sequence.recorder is None:
+                self.scheduler.computed(segment)
+            else:
+                self.coserving.computed(segment)
+        plan = replace(plan, segments=tuple(s for s in plan.segments if not s.sequence.recorder))
 
         # 4. Sample a token for every sequence that is computed to its end.
         rows, ready = self._sampling_rows(plan)
@@ -236,6 +273,10 @@ class Engine:
         for sequence in ready:
             if sequence.finish_reason is not None:
                 self._remove(sequence)
+
+        # 7. Train in the rest of the step.
+        self.coserving.work(num_tokens)
+        self._count_target(requested, self._clock() - began)
         return outputs
 
     def statistics(self) -> ModelStatistics:
@@ -249,7 +290,37 @@ class Engine:
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.num_preemptions,
             steps=self.scheduler.num_steps,
+            finetune_tokens=self.coserving.statistics.tokens,
+            finetune_jobs=len(self.coserving.jobs),
+            slo_steps=self._target_steps,
+            slo_met=self._target_met,
         )
+
+    def _budget(self) -> int:
+        """Tokens of the next step: fewer than at most if prompts would make streams late."""
+        target = self.options.time_between_tokens
+        if target is None or not self.cost_model.fitted:
+            return self.token_budget
+        least = self.scheduler.num_running + FEWEST_PROMPT_TOKENS
+        room = self.cost_model.invert(target, self.scheduler.num_context)
+        return min(self.token_budget, max(room, least))
+
+    def _count_target(self, plan: StepPlan | None, seconds: float) -> None:
+        target = self.options.time_between_tokens
+        if target is None or plan is None:
+            return
+        if any(segment.kind == "decode" for segment in plan.segments):
+            self._target_steps += 1
+            self._target_met += seconds <= target
+
+    def _publish(self, job: RunningJob, folder: Path) -> None:
+        before = self._published.get(job.job.adapter)
+        version = before.version + 1 if before else 1
+        checkpoint = AdapterCheckpoint.read(folder)
+        self._published[job.job.adapter] = self.add_adapter(job.job.adapter, checkpoint, version)
+        if before is not None:
+            self.remove_adapter(before)
+        job.published(version)
 
     def _execute(self, plan: StepPlan) -> tuple[StepPlan, StepResult | None, list[StepOutput]]:
         """Run a plan; if it raises, run its segments one by one to find out whose fault it is."""
@@ -259,10 +330,14 @@ class Engine:
             plan = replace(plan, page_copies=())
         try:
             return plan, self._runner.execute(plan), []
-        except Exception:
+        except Exception as error:
             if len(plan.segments) == 1:
+                sequence = plan.segments[0].sequence
+                if sequence.recorder is not None:
+                    self.coserving.failed(sequence, error)
+                    return plan, None, []
                 logger.exception("a request failed")
-                return plan, None, self._fail(plan.segments[0].sequence, FAILED)
+                return plan, None, self._fail(sequence, FAILED)
             logger.warning("a step of %d segments failed; running them alone", len(plan.segments))
 
         survivors: list[Segment] = []

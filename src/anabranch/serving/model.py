@@ -36,6 +36,9 @@ from anabranch.models.protocol import (
     SamplingParameters,
 )
 from anabranch.serving.adapters import AdapterBank, AdapterCheckpoint, ServedAdapter
+from anabranch.serving.adapters.bank import require_adapter_name
+from anabranch.serving.coserving import FinetuneJob, JobHandle, Listener
+from anabranch.serving.coserving.running import RunningJob
 from anabranch.serving.engine import Engine, StepOutput
 from anabranch.serving.options import EngineOptions
 from anabranch.serving.runner import ModelRunner
@@ -67,6 +70,7 @@ class EngineModel(Model):
         self._num_sent = 0  # requests, counted by the event loop
         self._num_taken = 0  # the same requests, counted by the engine's thread
         self._thread: threading.Thread | None = None
+        self._publications: set[asyncio.Task[None]] = set()  # the loop itself holds no reference
         self.adapters = AdapterBank(self._attach, self._detach)
 
     @classmethod
@@ -130,9 +134,29 @@ class EngineModel(Model):
         """Bytes of the key/value cache."""
         return self.engine.kv_memory
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
+        return self._tokenizer
+
+    @property
+    def end_tokens(self) -> Sequence[int]:
+        """Ids at which an answer ends."""
+        return self.engine.end_tokens
+
+    @property
+    def max_finetune_tokens(self) -> int:
+        """Tokens that a row may have to be trained on."""
+        return min(self.engine.max_context, self.engine.options.finetune_tokens)
+
     async def start(self) -> None:
         """Start the engine's thread."""
         loop = asyncio.get_running_loop()
+
+        def publish(job: RunningJob, folder: Path) -> None:
+            loop.call_soon_threadsafe(self._publish, job, folder)
+
+        self.engine.coserving.publish = publish
         self._thread = threading.Thread(
             target=self._work, args=(loop,), name="anabranch-engine", daemon=True
         )
@@ -173,6 +197,19 @@ class EngineModel(Model):
     async def remove_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run on it finish."""
         self.adapters.unregister(name)
+
+    def submit_finetune(self, job: FinetuneJob, listener: Listener | None = None) -> JobHandle:
+        """Train an adapter while requests are served; its versions answer as ``model:adapter``.
+
+        Any thread but the event loop's, which it would hold up for about a second, may call it
+        once the model is started. Submitting a job whose output has checkpoints goes on after the
+        last one. Raises an :class:`AnabranchError` if the job can never run.
+        """
+        require_adapter_name(job.adapter)
+        prepared = in_passing_thread(lambda: self.engine.coserving.prepare(job, listener))
+        prepared.handle.wake = lambda: self._inbox.put(lambda: None)
+        self._inbox.put(lambda: self.engine.coserving.add(prepared))
+        return prepared.handle
 
     async def chat(
         self,
@@ -264,6 +301,22 @@ class EngineModel(Model):
 
     def _detach(self, adapter: ServedAdapter) -> None:
         self._inbox.put(lambda: self.engine.remove_adapter(adapter))
+
+    def _publish(self, job: RunningJob, folder: Path) -> None:
+        """Load a version that a job has written, and tell the job."""
+
+        async def load() -> None:
+            try:
+                card = await self.adapters.load(job.job.adapter, folder)
+            except Exception as error:
+                failure = error
+                self._inbox.put(lambda: job.fail(failure))
+            else:
+                self._inbox.put(lambda: job.published(card.version))
+
+        task = asyncio.get_running_loop().create_task(load())
+        self._publications.add(task)
+        task.add_done_callback(self._publications.discard)
 
     async def _tokenize(self, text: str | Sequence[int], field: str) -> Sequence[int]:
         if not isinstance(text, str):

@@ -26,6 +26,11 @@ class EngineOptions:
     ``transformers``; ``weights`` is how the fused one keeps them: ``bf16``, or ``int8``, which is
     faster and nearly as good. ``kv_cache`` is how it keeps keys and values: ``auto`` is what the
     model computes in, or ``bf16`` with ``int8`` weights.
+
+    ``time_between_tokens`` is the latency target of streams in seconds: steps are cut to it, and
+    fine-tuning jobs take what they leave of it; None lets jobs slow streams down by a quarter.
+    ``finetune_tokens`` is the room in the cache for sequences that are trained on, which is also
+    the longest of them.
     """
 
     token_budget: int | None = None
@@ -39,6 +44,8 @@ class EngineOptions:
     runner: str = "auto"
     weights: WeightFormat = "bf16"
     kv_cache: CacheFormat = "auto"
+    time_between_tokens: float | None = None
+    finetune_tokens: int = 4096
 
     def __post_init__(self) -> None:
         choices = {
@@ -53,6 +60,12 @@ class EngineOptions:
                     f"{name} must be one of {', '.join(allowed)}, not {value!r}"
                     f"{did_you_mean(value, allowed)}"
                 )
+        if self.time_between_tokens is not None and not self.time_between_tokens > 0:
+            raise ConfigurationError(
+                f"time_between_tokens must be above 0 seconds, not {self.time_between_tokens}"
+            )
+        if self.finetune_tokens < 0:
+            raise ConfigurationError(f"finetune_tokens is {self.finetune_tokens}; 0 is the least")
 
     def resolved_token_budget(self, device: torch.device) -> int:
         """The budget, or the sheet value at which this kind of device is near saturation."""

@@ -51,6 +51,11 @@ class TokenBudgetScheduler:
         return len(self._queues.running)
 
     @property
+    def num_context(self) -> int:
+        """Tokens of the sequences that own pages."""
+        return sum(len(sequence.tokens) for sequence in self._queues.running)
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would compute something."""
         return bool(self._queues.running or self._queues.waiting)
@@ -59,12 +64,13 @@ class TokenBudgetScheduler:
         """Queue a sequence behind all others."""
         self._queues.waiting.append(sequence)
 
-    def schedule(self) -> StepPlan | None:
-        """The next step, or None if there is nothing to do."""
-        segments = self._fill()
+    def schedule(self, budget: int | None = None) -> StepPlan | None:
+        """The next step of ``budget`` tokens (default: the usual); None if there is none."""
+        budget = self.token_budget if budget is None else budget
+        segments = self._fill(budget)
         while not segments and self.has_work:
             self._preempt_last()
-            segments = self._fill()
+            segments = self._fill(budget)
         if not segments:
             return None
         for segment in segments:
@@ -115,8 +121,8 @@ class TokenBudgetScheduler:
         yield from self._queues.running
         yield from self._queues.waiting
 
-    def _fill(self) -> list[Segment]:
-        return self.policy.fill(self.token_budget, self._decode, self._prefill)
+    def _fill(self, budget: int) -> list[Segment]:
+        return self.policy.fill(budget, self._decode, self._prefill)
 
     def _preempt_last(self) -> None:
         sequence, _ = self._queues.running.popitem()

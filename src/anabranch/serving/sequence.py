@@ -12,12 +12,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from anabranch.models.protocol import FinishReason, SamplingParameters
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from anabranch.serving.adapters import ServedAdapter
     from anabranch.serving.detokenizer import Detokenizer
@@ -36,6 +36,31 @@ class Request:
     """Return the mean of the last hidden states over the prompt instead of generating."""
     adapter: ServedAdapter | None = None
     """The adapter on top of the base model, in the version that the request started with."""
+
+
+class Recorder(Protocol):
+    """Keeps what training needs of the rows that steps compute for one sequence.
+
+    ``start`` is the position of the first row in the sequence. ``module`` names a linear layer
+    within its decoder layer, for example ``mlp.down_proj``.
+    """
+
+    products: frozenset[str]
+    """Linear layers whose outputs are wanted, before an adapter changes them."""
+    drops: bool
+    """Whether :meth:`dropped` does anything."""
+
+    def begin(self, start: int) -> None:
+        """Rows from this one on are computed now, for a runner whose modules drop values."""
+
+    def layer_input(self, layer: int, start: int, rows: Tensor) -> None:
+        """Input ``[n, hidden]`` of a decoder layer; of the last norm for ``layer`` = layers."""
+
+    def product(self, layer: int, module: str, start: int, rows: Tensor) -> None:
+        """Output ``[n, outputs]`` of a linear layer."""
+
+    def dropped(self, layer: int, module: str, start: int, rows: Tensor) -> Tensor:
+        """What an adapter at this linear layer sees of the layer's input ``[n, inputs]``."""
 
 
 @dataclass(eq=False)
@@ -57,10 +82,12 @@ class Sequence:
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     random: random.Random = field(default_factory=random.Random)
-    token_counts: torch.Tensor | None = None
+    token_counts: Tensor | None = None
     """[2, vocabulary]: occurrences in the prompt and in the output; only with penalties."""
-    pooled: torch.Tensor | None = None
+    pooled: Tensor | None = None
     """[hidden]: sum of last hidden states so far; only for pooling requests."""
+    recorder: Recorder | None = None
+    """Only for sequences that are trained on; nothing is sampled from them."""
 
     def __post_init__(self) -> None:
         seed = self.request.sampling.seed
@@ -105,4 +132,5 @@ class Segment:
     @property
     def wants_logits(self) -> bool:
         """Only the row of a sequence's last token is ever sampled."""
-        return self.stop == len(self.sequence.tokens) and not self.sequence.request.pooling
+        sampled = self.sequence.recorder is None and not self.sequence.request.pooling
+        return sampled and self.stop == len(self.sequence.tokens)

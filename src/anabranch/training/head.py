@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,17 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**24
 """Logits computed at a time: 64 MiB in float32."""
+
+
+@runtime_checkable
+class FrozenProduct(Protocol):
+    """A matrix that takes no gradient, however it is stored."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x W^T``, ``[rows, inputs] -> [rows, outputs]``."""
+
+    def transposed(self, gradient: Tensor) -> Tensor:
+        """``gradient W``, ``[rows, outputs] -> [rows, inputs]``."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +56,20 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @property
-    def frozen_matrix(self) -> Tensor | None:
-        """The weight, if the head is nothing but a frozen matrix product."""
-        plain = type(self.project) is nn.Linear and self.project.bias is None
-        if not plain or self.softcap is not None or self.scale != 1.0:
+    def frozen(self) -> FrozenProduct | None:
+        """The product, if the head is nothing but a frozen matrix."""
+        project = self.project
+        if (
+            self.softcap is not None
+            or self.scale != 1.0
+            or getattr(project, "bias", None) is not None
+        ):
             return None
-        weight = self.project.weight
-        return None if weight.requires_grad or not isinstance(weight, Tensor) else weight
+        if isinstance(project, FrozenProduct):
+            return project
+        if type(project) is not nn.Linear or project.weight.requires_grad:
+            return None
+        return _FrozenMatrix(project.weight)
 
 
 def token_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
@@ -59,14 +77,12 @@ def token_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = N
 
     ``chunk`` is how many rows pass the head at a time; the result does not depend on it.
     """
-    weight = head.frozen_matrix
+    frozen = head.frozen
     if chunk is None:
         vocabulary = getattr(head.project, "out_features", None) or 2**16
         chunk = max(1, CHUNK_ELEMENTS // vocabulary)
-    if weight is not None:
-        if torch.is_autocast_enabled(hidden.device.type):
-            weight = weight.to(torch.get_autocast_dtype(hidden.device.type))
-        nll: Tensor = _FrozenHead.apply(hidden, weight, targets, chunk)
+    if frozen is not None:
+        nll: Tensor = _FrozenHead.apply(hidden, frozen, targets, chunk)
         return nll
     return _by_chunk(head.logits, hidden, targets, chunk)
 
@@ -92,24 +108,41 @@ def _by_chunk(
     return torch.cat(parts)
 
 
+class _FrozenMatrix:
+    """A dense weight ``[outputs, inputs]``, multiplied in its own type or in autocast's."""
+
+    def __init__(self, weight: Tensor) -> None:
+        device = weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        self._weight = weight.to(torch.get_autocast_dtype(device)) if autocast else weight
+
+    def product(self, x: Tensor) -> Tensor:
+        return x.to(self._weight.dtype) @ self._weight.T
+
+    def transposed(self, gradient: Tensor) -> Tensor:
+        return gradient.to(self._weight.dtype) @ self._weight
+
+
 class _FrozenHead(torch.autograd.Function):
     """Row losses of a frozen matrix; ``d nll_r / d hidden_r = (softmax(logits_r) - onehot) W``."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, frozen: FrozenProduct, targets: Tensor, chunk: int
+    ) -> Tensor:
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wants_gradient else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             wanted = targets[rows, None]
-            logits = (hidden[rows].to(weight.dtype) @ weight.T).float()
+            logits = frozen.product(hidden[rows]).float()
             normaliser = logits.logsumexp(dim=-1, keepdim=True)
             nll[rows] = (normaliser - logits.gather(1, wanted)).squeeze(1)
             if gradient is not None:
                 probabilities = logits.sub_(normaliser).exp_()
                 probabilities.scatter_add_(1, wanted, -torch.ones_like(nll[rows, None]))
-                gradient[rows] = (probabilities.to(weight.dtype) @ weight).to(gradient.dtype)
+                gradient[rows] = frozen.transposed(probabilities).to(gradient.dtype)
         ctx.save_for_backward(*([gradient] if gradient is not None else []))
         return nll
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -30,7 +32,12 @@ SAMPLED_VALUES = 16
 
 
 class Run:
-    """One call of :meth:`Trainer.fit`. What outlives it is in the trainer or on the disk."""
+    """One call of :meth:`Trainer.fit`. What outlives it is in the trainer or on the disk.
+
+    :meth:`execute` is all of it. Whoever computes the steps elsewhere, as the serving engine does,
+    calls the parts: ``start``, then ``record``, ``record_validation`` and ``save`` when they are
+    due until ``stopped_because`` gives a reason, then ``finish``.
+    """
 
     def __init__(self, trainer: Trainer[Any], resume: Resume) -> None:
         self._trainer = trainer
@@ -48,24 +55,22 @@ class Run:
     def execute(self) -> RunResult:
         """Resume, step to the end, and put the final weights into the model."""
         trainer = self._trainer
-        resumed_from = self._start()
+        resumed_from = self.start()
         was_training = trainer.model.training
         try:
             with on_sigterm(self._terminate):
-                while (because := self._stopped_because()) is None:
-                    self._record(self._step())
-                    if self._validation_due():
-                        self._validate()
-                    if self._checkpoint_due():
-                        self._save(must_succeed=False)
+                while (because := self.stopped_because()) is None:
+                    self.record(self._step())
+                    if self.validation_due():
+                        self.record_validation(trainer.evaluate(trainer.validation))
+                    if self.checkpoint_due():
+                        self.save()
         finally:
             trainer.model.train(was_training)
             trainer.stop_requested = None
             for hook in trainer.hooks:
                 hook.after_run(trainer)
-        if self._saved_step != trainer.steps_done:
-            self._save(must_succeed=True)
-        self._install_final_weights()
+        self.finish()
         return RunResult(
             steps=trainer.steps_done,
             metrics=trainer.tracker.metrics,
@@ -79,79 +84,11 @@ class Run:
             resumed_from=resumed_from,
         )
 
-    def _step(self) -> StepReport:
-        try:
-            return self._trainer.step(self._trainer.next_items())
-        except Diverged as error:
-            saved = self._store.steps() if self._store else []
-            where = f"{self._store.path(saved[-1])}" if self._store and saved else "none"
-            raise Diverged(f"{error}. Last good checkpoint: {where}") from None
+    def start(self) -> int | None:
+        """Seed a new run, or load the newest checkpoint and return its step.
 
-    def _terminate(self) -> None:
-        self._trainer.stop_requested = "terminated"
-
-    def _stopped_because(self) -> StoppedBecause | None:
-        trainer = self._trainer
-        if trainer.tracker.exhausted:
-            return "early stopping"
-        if trainer.steps_done >= trainer.total_steps:
-            return "finished"
-        return trainer.stop_requested
-
-    def _record(self, report: StepReport) -> None:
-        trainer = self._trainer
-        if not trainer.validation:
-            trainer.tracker.metrics = {"loss": report.loss, **report.metrics}
-        if self._log:
-            self._log.append(report.to_dict())
-        left = trainer.total_steps - trainer.steps_done
-        trainer.progress(
-            f"step {trainer.steps_done}/{trainer.total_steps}  loss {report.loss:.4f}  "
-            f"{report.tokens / report.seconds:,.0f} tokens/s  "
-            f"{_duration(left * trainer.seconds / trainer.steps_done)} left",
-            trainer.steps_done / trainer.total_steps,
-        )
-
-    def _validation_due(self) -> bool:
-        trainer = self._trainer
-        if not trainer.validation:
-            return False
-        if trainer.steps_done == trainer.total_steps:
-            return True
-        every = trainer.options.evaluate_every
-        return trainer.steps_done % every == 0 if every else trainer.sampler.at_epoch_end
-
-    def _validate(self) -> None:
-        trainer = self._trainer
-        metrics = trainer.evaluate(trainer.validation)
-        weights = trainer.ema.average if trainer.ema else trainer.trainable
-        trainer.tracker.record(trainer.steps_done, metrics, weights)
-        if self._log:
-            self._log.append({"step": trainer.steps_done, "validation": metrics})
-
-    def _checkpoint_due(self) -> bool:
-        trainer = self._trainer
-        every = trainer.options.checkpoint.every
-        due = every is not None and trainer.steps_done % every == 0
-        # A streak of skipped steps may end in Diverged; the checkpoint before it is the good one.
-        return due and not trainer.skipped_in_a_row
-
-    def _save(self, must_succeed: bool) -> None:
-        """Checkpoint. A full disk in the middle of a run costs this checkpoint, not the run."""
-        trainer = self._trainer
-        if self._store is None or ranks.rank() != 0:
-            return
-        try:
-            self._store.save(trainer.steps_done, self._identity(), trainer.live_state())
-            self._saved_step = trainer.steps_done
-        except CheckpointError as error:
-            if must_succeed:
-                raise
-            self._failed_checkpoints += 1
-            logger.warning("%s; training goes on", error)
-
-    def _start(self) -> int | None:
-        """Seed a new run, or load the newest checkpoint; its step."""
+        Raises :class:`CheckpointError` if that belongs to another run.
+        """
         if self._trainer.steps_done:
             return None  # this process trained already, and goes on from where it is
         found = self._store.newest() if self._store else None
@@ -165,6 +102,104 @@ class Run:
         self._trainer.load_state_dict(found.state)
         self._saved_step = found.step
         return found.step
+
+    def stopped_because(self) -> StoppedBecause | None:
+        """Why no further step should be taken, or None."""
+        trainer = self._trainer
+        if trainer.tracker.exhausted:
+            return "early stopping"
+        if trainer.steps_done >= trainer.total_steps:
+            return "finished"
+        return trainer.stop_requested
+
+    def record(self, report: StepReport) -> None:
+        """Log a step that was taken."""
+        trainer = self._trainer
+        if not trainer.validation:
+            trainer.tracker.metrics = {"loss": report.loss, **report.metrics}
+        if self._log:
+            self._log.append(report.to_dict())
+        left = trainer.total_steps - trainer.steps_done
+        trainer.progress(
+            f"step {trainer.steps_done}/{trainer.total_steps}  loss {report.loss:.4f}  "
+            f"{report.tokens / report.seconds:,.0f} tokens/s  "
+            f"{_duration(left * trainer.seconds / trainer.steps_done)} left",
+            trainer.steps_done / trainer.total_steps,
+        )
+
+    def validation_due(self) -> bool:
+        """Whether the validation items are to be evaluated now."""
+        trainer = self._trainer
+        if not trainer.validation:
+            return False
+        if trainer.steps_done == trainer.total_steps:
+            return True
+        every = trainer.options.evaluate_every
+        return trainer.steps_done % every == 0 if every else trainer.sampler.at_epoch_end
+
+    def record_validation(self, metrics: Mapping[str, float]) -> None:
+        """Log a validation of the present weights."""
+        trainer = self._trainer
+        weights = trainer.ema.average if trainer.ema else trainer.trainable
+        trainer.tracker.record(trainer.steps_done, metrics, weights)
+        if self._log:
+            self._log.append({"step": trainer.steps_done, "validation": metrics})
+
+    def checkpoint_due(self) -> bool:
+        """Whether the options ask for a checkpoint now."""
+        trainer = self._trainer
+        every = trainer.options.checkpoint.every
+        due = every is not None and trainer.steps_done % every == 0
+        # A streak of skipped steps may end in Diverged; the checkpoint before it is the good one.
+        return due and not trainer.skipped_in_a_row
+
+    def save(self, must_succeed: bool = False) -> None:
+        """Checkpoint. A full disk in the middle of a run costs this checkpoint, not the run."""
+        self._write(self._trainer.steps_done, self._trainer.live_state(), must_succeed)
+
+    def snapshot(self, must_succeed: bool = False) -> Callable[[], None]:
+        """Copy the state now; the result writes it as :meth:`save` does, on any thread."""
+        step, state = self._trainer.steps_done, self._trainer.state_dict()
+        return lambda: self._write(step, state, must_succeed)
+
+    @property
+    def saved(self) -> bool:
+        """Whether the newest step is on the disk."""
+        return self._saved_step == self._trainer.steps_done
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step is; only for a run with an output folder."""
+        assert self._store is not None
+        return self._store.path(step)
+
+    def finish(self) -> None:
+        """Checkpoint the last step and put the final weights into the model."""
+        if not self.saved:
+            self.save(must_succeed=True)
+        self._install_final_weights()
+
+    def _write(self, step: int, state: Mapping[str, Any], must_succeed: bool) -> None:
+        if self._store is None or ranks.rank() != 0:
+            return
+        try:
+            self._store.save(step, self._identity(), state)
+            self._saved_step = step
+        except CheckpointError as error:
+            if must_succeed:
+                raise
+            self._failed_checkpoints += 1
+            logger.warning("%s; training goes on", error)
+
+    def _step(self) -> StepReport:
+        try:
+            return self._trainer.step(self._trainer.next_items())
+        except Diverged as error:
+            saved = self._store.steps() if self._store else []
+            where = f"{self._store.path(saved[-1])}" if self._store and saved else "none"
+            raise Diverged(f"{error}. Last good checkpoint: {where}") from None
+
+    def _terminate(self) -> None:
+        self._trainer.stop_requested = "terminated"
 
     def _require_resumable(self, found: Checkpoint) -> None:
         assert self._store is not None

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
@@ -50,6 +51,16 @@ logger = logging.getLogger(__name__)
 MOST_SKIPPED_IN_A_ROW = 5
 PLANNED = 64
 """Items that an evaluation plans together: enough to fill micro-batches."""
+
+
+@dataclass(frozen=True)
+class BegunStep(Generic[Item]):
+    """A step of which the gradients are still to be computed."""
+
+    items: Sequence[Item]
+    lr: float
+    began: float
+    """Reading of ``time.perf_counter``."""
 
 
 class Trainer(Generic[Item]):
@@ -149,6 +160,15 @@ class Trainer(Generic[Item]):
         The gradient is that of all items as one batch, however they are cut into micro-batches.
         A step whose loss or gradient is not finite leaves the weights alone and says so.
         """
+        step = self.begin_step(items)
+        loss, metrics = self._accumulate_gradients(items)
+        return self.finish_step(step, loss, metrics)
+
+    def begin_step(self, items: Sequence[Item]) -> BegunStep[Item]:
+        """The first part of :meth:`step`, for a caller that computes the gradients itself.
+
+        Afterwards every ``parameter.grad`` is None and the learning rate is that of the step.
+        """
         if not items:
             raise DataError("a step needs at least one item")
         began = time.perf_counter()
@@ -156,8 +176,20 @@ class Trainer(Generic[Item]):
         for hook in self.hooks:
             hook.before_step(self)
         lr = set_lr_factor(self.optimizer, self._lr_factor(self.steps_done))
+        self.optimizer.zero_grad(set_to_none=True)
+        return BegunStep(items, lr, began)
 
-        loss, metrics = self._accumulate_gradients(items)
+    def finish_step(
+        self,
+        step: BegunStep[Item],
+        loss: float,
+        metrics: Mapping[str, float],
+        seconds: float | None = None,
+    ) -> StepReport:
+        """The last part of :meth:`step`: clip what is in ``parameter.grad``, update, report.
+
+        ``seconds`` is what the step's computation took, if that is not the time since it began.
+        """
         for hook in self.hooks:
             hook.after_gradients(self)
         norm = self._clip()
@@ -166,11 +198,13 @@ class Trainer(Generic[Item]):
         self.steps_done += 1
         if self.ema and not skipped:
             self.ema.update(self.steps_done)
-        tokens, seconds = self.objective.tokens(items), time.perf_counter() - began
+        tokens = self.objective.tokens(step.items)
+        if seconds is None:
+            seconds = time.perf_counter() - step.began
         self.tokens_done += tokens
         self.seconds += seconds
         report = StepReport(
-            self.steps_done, self.epoch, loss, lr, norm, tokens, seconds, metrics, skipped
+            self.steps_done, self.epoch, loss, step.lr, norm, tokens, seconds, metrics, skipped
         )
         for hook in self.hooks:
             hook.after_step(self, report)
@@ -265,7 +299,6 @@ class Trainer(Generic[Item]):
 
     def _accumulate_gradients(self, items: Sequence[Item]) -> tuple[float, dict[str, float]]:
         """Gradients of the step's loss in ``parameter.grad``; the loss, and the metrics to log."""
-        self.optimizer.zero_grad(set_to_none=True)
         share = ranks.own_share(items)
         micro_batches = self.objective.plan(share)
         denominators = self._denominators(share, micro_batches)

@@ -36,6 +36,14 @@ class AdapterCard:
         return asdict(self)
 
 
+def require_adapter_name(name: str) -> None:
+    """Raise :class:`ConfigurationError` for what cannot follow ``model:``."""
+    if not name or not name.isprintable() or any(c in name for c in ":/ "):
+        raise ConfigurationError(
+            f"{name!r} cannot name an adapter: no colon, slash, space or control character"
+        )
+
+
 @dataclass
 class _Entry:
     checkpoint: AdapterCheckpoint
@@ -64,10 +72,7 @@ class AdapterBank:
         Requests that run keep their version. Raises :class:`AdapterError` for a folder that is no
         adapter of this model; what was there before is still there.
         """
-        if not name or not name.isprintable() or any(c in name for c in ":/ "):
-            raise ConfigurationError(
-                f"{name!r} cannot name an adapter: no colon, slash, space or control character"
-            )
+        require_adapter_name(name)
         checkpoint = AdapterCheckpoint.read(folder)
         version = self._versions[name] = self._versions.get(name, 0) + 1
         entry = _Entry(checkpoint, version, await self._attach(name, version, checkpoint))

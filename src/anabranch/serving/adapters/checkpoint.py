@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,47 +102,66 @@ class AdapterCheckpoint:
     @cached_property
     def not_low_rank(self) -> str | None:
         """Why this is more than a low-rank product for each layer, or None if it is just that."""
-        if self.method not in _FACTORS:
-            return f"its method is {self.method}"
-        for option in _CHANGES_THE_FORWARD:
-            if self.config.get(option):
-                return f"it uses {option}"
-        for name in self._names:
-            if not name.endswith(_FACTORS[self.method]):
-                return f"it has the tensor {name}"
-        return None
+        return why_not_low_rank(self.config, self._names)
 
     def low_rank(self) -> dict[str, LowRank]:
         """Module name -> its matrices. Raises :class:`AdapterError` if there is more to it."""
-        if self.not_low_rank:
-            raise AdapterError(f"{self.folder} is not just low-rank products: {self.not_low_rank}")
-        endings = _FACTORS[self.method]
-        layers = {}
         with safe_open(self.folder / WEIGHTS, "pt") as tensors:
-            for name in self._names:
-                if not name.endswith(endings[0]):
-                    continue
-                stem = name.removesuffix(endings[0])
-                try:
-                    a, b, *core = (tensors.get_tensor(stem + ending) for ending in endings)
-                except SafetensorError as error:
-                    raise AdapterError(f"{self.folder}: {stem} lacks a matrix") from error
-                module = stem.removeprefix(PREFIX)
-                if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-                    raise AdapterError(
-                        f"{self.folder}: {module} has A {list(a.shape)} and B {list(b.shape)}; "
-                        f"a linear layer's are [r, in] and [out, r]"
-                    )
-                layers[module] = LowRank(a, b @ core[0], 1.0) if core else self._lora(module, a, b)
-        return layers
+            return low_rank_layers(
+                self.config, {n: tensors.get_tensor(n) for n in self._names}, str(self.folder)
+            )
 
-    def _lora(self, module: str, a: Tensor, b: Tensor) -> LowRank:
-        patterns = self.config.get("alpha_pattern") or {}
-        rank = len(a)
-        alpha = self.config.get("lora_alpha", rank)
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
-        scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        return LowRank(a, b, scaling)
+
+def why_not_low_rank(config: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """Why an adapter is more than a low-rank product for each layer, or None."""
+    method = str(config["peft_type"])
+    if method not in _FACTORS:
+        return f"its method is {method}"
+    for option in _CHANGES_THE_FORWARD:
+        if config.get(option):
+            return f"it uses {option}"
+    for name in names:
+        if not name.endswith(_FACTORS[method]):
+            return f"it has the tensor {name}"
+    return None
+
+
+def low_rank_layers(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+) -> dict[str, LowRank]:
+    """Module name -> matrices, from the tensors of a checkpoint by their names.
+
+    Raises :class:`AdapterError`, which begins with ``where``, if there is more to the adapter.
+    """
+    reason = why_not_low_rank(config, tensors)
+    if reason:
+        raise AdapterError(f"{where} is not just low-rank products: {reason}")
+    endings = _FACTORS[str(config["peft_type"])]
+    layers = {}
+    for name in tensors:
+        if not name.endswith(endings[0]):
+            continue
+        stem = name.removesuffix(endings[0])
+        try:
+            a, b, *core = (tensors[stem + ending] for ending in endings)
+        except KeyError as error:
+            raise AdapterError(f"{where}: {stem} lacks a matrix") from error
+        module = stem.removeprefix(PREFIX)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise AdapterError(
+                f"{where}: {module} has A {list(a.shape)} and B {list(b.shape)}; "
+                f"a linear layer's are [r, in] and [out, r]"
+            )
+        layers[module] = LowRank(a, b @ core[0], 1.0) if core else _lora(config, module, a, b)
+    return layers
+
+
+def _lora(config: Mapping[str, Any], module: str, a: Tensor, b: Tensor) -> LowRank:
+    rank = len(a)
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LowRank(a, b, scaling)

@@ -47,6 +47,8 @@ class Operations:
     silu_mul: Callable[..., Tensor]
     linear_bfloat16: Callable[..., Tensor]
     linear_int8: Callable[..., Tensor]
+    transposed_bfloat16: Callable[..., Tensor]
+    transposed_int8: Callable[..., Tensor]
     add_lora: Callable[..., None]
     attention: Callable[..., Tensor]
     compiled: bool

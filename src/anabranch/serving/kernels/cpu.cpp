@@ -626,6 +626,97 @@ Tensor attention(Tensor qkv, const Tensor& cosine, const Tensor& sine, Tensor ke
   return out;
 }
 
+// ---------------------------------------------------------------------------------------------
+// Products with the transpose: the gradient with respect to a linear layer's input
+
+constexpr int64_t COLUMNS = 64;  // input channels of a block: a tile of it fits the nearest cache
+
+// x[R, V * 16] += y[R, outputs] w[outputs, COLUMNS]; y is O wide, x is K wide.
+template <int R, int V>
+inline void add_rows(float* x, int64_t K, const float* y, int64_t O, const float* w,
+                     int64_t outputs) {
+  Floats acc[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) acc[r][v] = load16(x + r * K + v * LANES);
+  for (int64_t o = 0; o < outputs; o++) {
+    Floats row[V];
+    for (int v = 0; v < V; v++) row[v] = load16(w + o * COLUMNS + v * LANES);
+    for (int r = 0; r < R; r++) {
+      Floats a = all(y[r * O + o]);
+      for (int v = 0; v < V; v++) acc[r][v] += a * row[v];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store16(x + r * K + v * LANES, acc[r][v]);
+}
+
+template <int V>
+void add_block(float* x, int64_t K, const float* y, int64_t O, const float* w, int64_t outputs,
+               int64_t rows) {
+  constexpr int R = 6;
+  int64_t n = 0;
+  for (; n + R <= rows; n += R) add_rows<R, V>(x + n * K, K, y + n * O, O, w, outputs);
+  for (; n < rows; n++) add_rows<1, V>(x + n * K, K, y + n * O, O, w, outputs);
+}
+
+// y[N, O] float -> x[N, K] float, for a weight [O, K] whose tiles `unpack(tile, k, columns, to)`
+// writes as to[TILE, COLUMNS]. Every task owns a block of columns, so that nobody waits.
+template <typename Unpack>
+Tensor transposed_of(const Tensor& y, int64_t K, const Unpack& unpack) {
+  int64_t N = y.size(0), O = y.size(1), tiles = (O + TILE - 1) / TILE;
+  Tensor x = at::zeros({N, K}, y.options());
+  const float* Y = y.data_ptr<float>();
+  float* X = x.data_ptr<float>();
+  for_each_task((K + COLUMNS - 1) / COLUMNS, [&](int64_t block) {
+    alignas(64) float w[TILE * COLUMNS];
+    int64_t k = block * COLUMNS, columns = std::min(COLUMNS, K - k);
+    for (int64_t t = 0; t < tiles; t++) {
+      unpack(t, k, columns, w);
+      int64_t outputs = std::min(TILE, O - t * TILE);
+      auto add = columns == 64   ? add_block<4>
+                 : columns == 48 ? add_block<3>
+                 : columns == 32 ? add_block<2>
+                                 : add_block<1>;
+      add(X + k, K, Y + t * TILE, O, w, outputs, N);
+    }
+  });
+  return x;
+}
+
+// y[N, O] float -> x[N, K] float; packed as in linear_bfloat16, K a multiple of 16.
+Tensor transposed_bfloat16(const Tensor& y, const Tensor& packed) {
+  int64_t K = packed.size(1);
+  const uint32_t* P = (const uint32_t*)packed.data_ptr<at::BFloat16>();
+  return transposed_of(y, K, [&](int64_t tile, int64_t k, int64_t columns, float* to) {
+    uint32_t* words = (uint32_t*)to;
+    for (int64_t c = 0; c < LANES; c++) {
+      const uint32_t* from = P + (tile * K + k) * LANES + c;
+      uint32_t *low = words + c * COLUMNS, *high = low + LANES * COLUMNS;
+      for (int64_t i = 0; i < columns; i++) {
+        low[i] = from[i * LANES] << 16;
+        high[i] = from[i * LANES] & 0xffff0000u;
+      }
+    }
+  });
+}
+
+// y[N, O] float -> x[N, K] float; packed and scale as in linear_int8.
+Tensor transposed_int8(const Tensor& y, const Tensor& packed, const Tensor& scale) {
+  int64_t K = packed.size(1) * 4;
+  const uint8_t* P = packed.data_ptr<uint8_t>();
+  const float* S = scale.data_ptr<float>();
+  return transposed_of(y, K, [&](int64_t tile, int64_t k, int64_t columns, float* to) {
+    for (int64_t c = 0; c < TILE; c++) {
+      const uint8_t* from = P + (tile * K + k) * TILE + c * 4;
+      uint8_t row[COLUMNS];
+      for (int64_t i = 0; i < columns / 4; i++)
+        __builtin_memcpy(row + i * 4, from + i * TILE * 4, 4);
+      float s = S[tile * TILE + c];
+      for (int64_t i = 0; i < columns; i++) to[c * COLUMNS + i] = (float)((int)row[i] - 128) * s;
+    }
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(anabranch, m) {
@@ -633,6 +724,8 @@ TORCH_LIBRARY(anabranch, m) {
   m.def("silu_mul(Tensor x) -> Tensor");
   m.def("linear_bfloat16(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor");
+  m.def("transposed_bfloat16(Tensor y, Tensor packed) -> Tensor");
+  m.def("transposed_int8(Tensor y, Tensor packed, Tensor scale) -> Tensor");
   m.def(
       "add_lora(Tensor(a!) y, Tensor x, Tensor blocks, Tensor[] a, Tensor[] b, int[] offsets) -> ()");
   m.def(
@@ -646,6 +739,8 @@ TORCH_LIBRARY_IMPL(anabranch, CPU, m) {
   m.impl("silu_mul", silu_mul);
   m.impl("linear_bfloat16", linear_bfloat16);
   m.impl("linear_int8", linear_int8);
+  m.impl("transposed_bfloat16", transposed_bfloat16);
+  m.impl("transposed_int8", transposed_int8);
   m.impl("add_lora", add_lora);
   m.impl("attention", attention);
 }

@@ -34,8 +34,12 @@ def linear_bfloat16(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
     Weights are ``[O / 32, K, 16, 2]``: channel c of a tile is at ``[c % 16, c // 16]``.
     """
-    weight = packed.permute(0, 3, 2, 1).flatten(0, 2).float()  # [O, K]
-    return F.linear(x, weight, bias)
+    return F.linear(x, unpack_bfloat16(packed), bias)
+
+
+def unpack_bfloat16(packed: Tensor) -> Tensor:
+    """The weight ``[O, K]`` of :func:`linear_bfloat16` in float32."""
+    return packed.permute(0, 3, 2, 1).flatten(0, 2).float()
 
 
 def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,9 +47,8 @@ def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -
 
     Integer products of a group are exact in float32: 64 x 127 x 127 is below 2**24.
     """
-    tiles, quarter = packed.shape[:2]
-    weight = packed.permute(0, 2, 1, 3).reshape(tiles * TILE, quarter * 4).float() - 128
-    y = x.new_zeros(len(x), tiles * TILE)
+    weight = unpack_int8(packed, torch.ones(len(packed) * TILE))
+    y = x.new_zeros(len(x), len(weight))
     for start in range(0, x.shape[1], GROUP):
         group = x[:, start : start + GROUP]
         peak = group.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
@@ -53,6 +56,23 @@ def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -
         y += integers @ weight[:, start : start + GROUP].T * (peak / 127.0)
     y *= scale
     return y if bias is None else y + bias
+
+
+def unpack_int8(packed: Tensor, scale: Tensor) -> Tensor:
+    """The weight ``[O, K]`` of :func:`linear_int8` in float32."""
+    tiles, quarter = packed.shape[:2]
+    weight = packed.permute(0, 2, 1, 3).reshape(tiles * TILE, quarter * 4)
+    return (weight.float() - 128) * scale[:, None]
+
+
+def transposed_bfloat16(y: Tensor, packed: Tensor) -> Tensor:
+    """``[N, O] -> [N, K]`` by the transpose of :func:`linear_bfloat16`'s weight, unpadded O."""
+    return y @ unpack_bfloat16(packed)[: y.shape[1]]
+
+
+def transposed_int8(y: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """``[N, O] -> [N, K]`` by the transpose of :func:`linear_int8`'s weight, unpadded O."""
+    return y @ unpack_int8(packed, scale)[: y.shape[1]]
 
 
 def add_lora(

@@ -7,12 +7,17 @@ other runner is tested against.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from anabranch.serving.adapters import AdapterCheckpoint
 from anabranch.serving.batch import PageCopy, StepPlan, StepResult
 
-__all__ = ["ModelRunner"]
+__all__ = ["DifferentiableRunner", "ModelRunner"]
 
 
 class ModelRunner(Protocol):
@@ -45,3 +50,30 @@ class ModelRunner(Protocol):
 
     def clear_pages(self, pages: Sequence[int]) -> None:
         """Overwrite pages with zeros, so that bad values cannot reach their next owner."""
+
+
+@runtime_checkable
+class DifferentiableRunner(ModelRunner, Protocol):
+    """A runner on whose weights adapters can be trained while it serves."""
+
+    shared_inputs: Sequence[tuple[str, ...]]
+    """Linear layers of a decoder layer to which an adapter's dropout shows the same input."""
+
+    def training_base(self) -> PreTrainedModel:
+        """The model's modules around the served weights, which are frozen: a copy for one adapter.
+
+        Raises :class:`AdapterError` with the reason if this model cannot be trained.
+        """
+
+    def training_handle(self, model: PeftModel) -> Any:
+        """The handle with which segments are computed on an adapter as it is now.
+
+        Raises :class:`AdapterError` if the runner cannot serve such an adapter.
+        """
+
+    def read_cache(self, layer: int, pages: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[kv_heads, tokens, head_dim]`` at the beginning of some pages."""
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """To what keys and values are rounded."""

@@ -13,24 +13,30 @@ those.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anabranch.errors import ModelUnsupported
+from anabranch.errors import AdapterError, ModelUnsupported
 from anabranch.serving import kernels
-from anabranch.serving.adapters import AdapterCheckpoint
+from anabranch.serving.adapters import AdapterCheckpoint, LowRank
+from anabranch.serving.adapters.checkpoint import low_rank_layers, why_not_low_rank
 from anabranch.serving.batch import PackedBatch, PageCopy, StepPlan, StepResult, pack
-from anabranch.serving.kernels.reference import GROUP, TILE
+from anabranch.serving.kernels.reference import GROUP, TILE, unpack_bfloat16, unpack_int8
 from anabranch.serving.options import CacheFormat, WeightFormat
+from anabranch.serving.runner import paged_attention
+from anabranch.serving.runner.branch import branch_of
+from anabranch.serving.runner.frozen import FrozenLinear
 from anabranch.serving.runner.lora import FusedAdapter, LoraBatch, Site
 from anabranch.serving.runner.memory import zeros
 from anabranch.serving.runner.probe import num_pages, probe_plans, probe_prompt
+from anabranch.serving.runner.recording import Recording, recordings
 from anabranch.serving.sequence import Request, Segment
 from anabranch.serving.sequence import Sequence as TokenSequence
 
@@ -51,6 +57,11 @@ class FusedRunner:
     scale for each output row). ``kv_cache`` is as in :class:`EngineOptions`. Raises
     :class:`ModelUnsupported` for anything it would not compute as the model does.
     """
+
+    shared_inputs = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    )
 
     def __init__(
         self,
@@ -82,7 +93,9 @@ class FusedRunner:
             self._head = PackedLinear.of([model.get_output_embeddings()], weights, self._ops)
             self._layers = [self._pack_layer(layer) for layer in base.layers]
         self._sites = list(_sites(model))
+        self._template = self._make_template(model)
         self._lora: LoraBatch | None = None
+        self._recordings: list[Recording] = []
         exact = model.dtype == torch.float32 and weights == "bf16"
         single = exact if kv_cache == "auto" else kv_cache == "fp32"
         self._cache_dtype = torch.float32 if single else torch.bfloat16
@@ -105,12 +118,52 @@ class FusedRunner:
 
     def add_adapter(self, checkpoint: AdapterCheckpoint) -> tuple[FusedAdapter, int]:
         """Keep a LoRA adapter beside the weights, in the number format of the cache."""
-        adapter = FusedAdapter.pack(checkpoint, self._sites, self._cache_dtype)
+        reason = checkpoint.not_low_rank
+        if reason:
+            raise AdapterError(
+                f"{checkpoint.folder} cannot share a batch: {reason}; serve it with "
+                f"runner=transformers, or merge it into the model"
+            )
+        adapter = self._pack_adapter(checkpoint.low_rank(), str(checkpoint.folder))
         return adapter, adapter.memory
 
     def remove_adapter(self, handle: FusedAdapter) -> None:
         """Nothing but the last batch still holds it."""
         self._lora = None
+
+    def training_base(self) -> PreTrainedModel:
+        """The model's modules, with the packed weights in place of their own."""
+        if self._template is None:
+            raise AdapterError(
+                f"this model cannot be trained while it serves: the outputs of its linear layers "
+                f"are not multiples of {TILE}; use runner=transformers or `anabranch finetune`"
+            )
+        return branch_of(self._template)
+
+    def training_handle(self, model: PeftModel) -> FusedAdapter:
+        """The adapter's matrices as they are now, packed."""
+        config = model.active_peft_config
+        values = {**config.to_dict(), "peft_type": config.peft_type.value}
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        reason = why_not_low_rank(values, tensors)
+        if reason:
+            raise AdapterError(
+                f"an adapter of this kind cannot be trained on the fused runner: {reason}; "
+                f"serve with --runner transformers, or use `anabranch finetune`"
+            )
+        return self._pack_adapter(low_rank_layers(values, tensors, "the adapter"), "the adapter")
+
+    def read_cache(self, layer: int, pages: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[kv_heads, tokens, head_dim]``, float32."""
+        index = torch.tensor(pages[: -(-tokens // self.page_size)])
+        keys = self._keys[layer][:, index].transpose(2, 3).flatten(1, 2)
+        values = self._values[layer][:, index].flatten(1, 2)
+        return keys[:, :tokens].float(), values[:, :tokens].float()
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """float32 or bfloat16."""
+        return self._cache_dtype
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy keys and values in every layer."""
@@ -125,9 +178,10 @@ class FusedRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run the packed batch, and pool what wants pooling."""
+        """Run the packed batch, pool what wants pooling and record what is trained on."""
         batch = plan.pack()
         self._lora = LoraBatch.of(plan.segments, batch.query_start, self._lora)
+        self._recordings = list(recordings(plan.segments, batch.query_start))
         hidden = self._hidden_states(batch)
         logits = self._head(hidden[batch.logits_index])
         pooled = {
@@ -148,7 +202,7 @@ class FusedRunner:
             self.allocate(-(-self.context_length // self.page_size))
         sequence = TokenSequence(Request("text", tokens), 0, list(tokens), 1, pages=pages)
         segment = Segment(sequence, 0, len(tokens))
-        self._lora = None
+        self._lora, self._recordings = None, []
         return self._head(self._hidden_states(pack((segment,), self.page_size)))
 
     @property
@@ -192,6 +246,7 @@ class FusedRunner:
         delta = None
         for index, layer in enumerate(self._layers):
             normed = ops.add_rms_norm(x, delta, layer.attention_norm, eps)
+            self._record_inputs(index, x)
             attended = ops.attention(
                 self._adapted(layer.qkv, normed, 4 * index),
                 cosine[0].float(),
@@ -210,14 +265,59 @@ class FusedRunner:
             normed = ops.add_rms_norm(x, delta, layer.mlp_norm, eps)
             gated = ops.silu_mul(self._adapted(layer.gate_up, normed, 4 * index + 2))
             delta = self._adapted(layer.down, gated, 4 * index + 3)
-        return ops.add_rms_norm(x, delta, self._final_norm, eps)
+        normed = ops.add_rms_norm(x, delta, self._final_norm, eps)
+        self._record_inputs(len(self._layers), x)
+        return normed
 
     def _adapted(self, linear: PackedLinear, x: Tensor, site: int) -> Tensor:
         y, lora = linear(x), self._lora
+        if self._recordings:
+            x = self._record_products(x, y, site)
         if lora is not None:
             offsets = self._sites[site].offsets
             self._ops.add_lora(y, x, lora.blocks, lora.a[site], lora.b[site], offsets)
         return y
+
+    def _record_inputs(self, layer: int, x: Tensor) -> None:
+        for recording in self._recordings:
+            recording.recorder.layer_input(layer, recording.start, x[recording.rows])
+
+    def _record_products(self, x: Tensor, y: Tensor, number: int) -> Tensor:
+        """Record a site's outputs; its inputs as an adapter sees them."""
+        site, layer = self._sites[number], number // 4
+        seen = x
+        for recorder, start, rows in self._recordings:
+            for name, offset, width in zip(site.names, site.offsets, site.widths, strict=True):
+                if name in recorder.products:
+                    recorder.product(layer, name, start, y[rows, offset : offset + width])
+            if recorder.drops:
+                seen = x.clone() if seen is x else seen
+                seen[rows] = recorder.dropped(layer, site.names[0], start, x[rows])
+        return seen
+
+    def _pack_adapter(self, layers: Mapping[str, LowRank], where: str) -> FusedAdapter:
+        return FusedAdapter.pack(layers, self._sites, self._cache_dtype, where)
+
+    def _make_template(self, model: PreTrainedModel) -> PreTrainedModel | None:
+        """The model's modules without its weights; None if they cannot be cut out of the packed."""
+        template = branch_of(model)
+        packed = {}
+        for number, layer in enumerate(self._layers):
+            for place, linear in enumerate((layer.qkv, layer.output, layer.gate_up, layer.down)):
+                site = self._sites[4 * number + place]
+                for name, start, width in zip(site.modules, site.offsets, site.widths, strict=True):
+                    if start % TILE or width % TILE:
+                        return None
+                    packed[name] = linear.part(start, width)
+        for name, part in packed.items():
+            template.set_submodule(name, part.module())
+        template.set_output_embeddings(self._head.module())
+        for parameter in template.parameters():
+            parameter.data = parameter.data.float()  # norms: what the kernels compute in
+        embedding = cast(nn.Embedding, template.get_input_embeddings())
+        embedding.weight = nn.Parameter(self._embedding, requires_grad=False)
+        template.set_attn_implementation(paged_attention.NAME)
+        return template.eval().requires_grad_(False)
 
     def _pack_layer(self, layer: Any) -> FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -294,6 +394,36 @@ class PackedLinear:
         tiles = integers.to(torch.uint8).view(len(weight) // TILE, TILE, -1, 4).transpose(1, 2)
         return cls(tiles.contiguous(), scale, bias, width, ops)
 
+    def part(self, start: int, width: int) -> PackedLinear:
+        """Outputs ``[start, start + width)``, multiples of a tile, around the same memory."""
+        tiles = slice(start // TILE, (start + width) // TILE)
+        rows = slice(start, start + width)
+        scale = None if self.scale is None else self.scale[rows]
+        bias = None if self.bias is None else self.bias[rows]
+        return PackedLinear(self.packed[tiles], scale, bias, width, self.ops)
+
+    def module(self) -> FrozenLinear:
+        """The same as a module that passes gradients on."""
+        return FrozenLinear(self.inputs, self.width, self, self.transposed, self.dense, self.bias)
+
+    def dense(self) -> Tensor:
+        """The weight ``[O, K]`` in float32."""
+        if self.scale is None:
+            return unpack_bfloat16(self.packed)[: self.width]
+        return unpack_int8(self.packed, self.scale)[: self.width]
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """``[N, O] -> [N, K]`` by the transpose of the weight: a gradient on its way back."""
+        y = y.contiguous()
+        if self.scale is None:
+            return self.ops.transposed_bfloat16(y, self.packed)
+        return self.ops.transposed_int8(y, self.packed, self.scale)
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.packed.shape[1] * (1 if self.scale is None else 4)
+
     def __call__(self, x: Tensor) -> Tensor:
         """``[N, K] -> [N, O]``."""
         if self.scale is None:
@@ -344,18 +474,15 @@ def unsuitable(model: PreTrainedModel, page_size: int, weights: WeightFormat) ->
 
 def _sites(model: PreTrainedModel) -> Iterator[Site]:
     """The packed linear layers in the order in which a step reads them, four for each layer."""
-    groups = (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
-    )
+    qkv, gate_up = FusedRunner.shared_inputs
+    groups = (qkv, ("self_attn.o_proj",), gate_up, ("mlp.down_proj",))
     layers = f"{model.base_model_prefix}.layers"
     for number, layer in enumerate(cast(Any, model.base_model).layers):
         for group in groups:
             linears = [layer.get_submodule(name) for name in group]
             yield Site(
                 tuple(f"{layers}.{number}.{name}" for name in group),
+                group,
                 linears[0].in_features,
                 tuple(linear.out_features for linear in linears),
             )

@@ -7,7 +7,7 @@ base for all rows at once and adds to each row what its own adapter says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import AdapterError
-from anabranch.serving.adapters import AdapterCheckpoint
+from anabranch.serving.adapters import LowRank
 from anabranch.serving.sequence import Segment
 
 BLOCK = 12
@@ -26,9 +26,13 @@ LANES = 16
 
 @dataclass(frozen=True)
 class Site:
-    """One packed linear layer: the modules in it, with their outputs side by side."""
+    """One packed linear layer: the modules in it, with their outputs side by side.
+
+    ``names`` are the modules' names within their decoder layer.
+    """
 
     modules: tuple[str, ...]
+    names: tuple[str, ...]
     inputs: int
     widths: tuple[int, ...]
 
@@ -47,29 +51,23 @@ class FusedAdapter:
 
     @classmethod
     def pack(
-        cls, checkpoint: AdapterCheckpoint, sites: Sequence[Site], dtype: torch.dtype
+        cls, layers: Mapping[str, LowRank], sites: Sequence[Site], dtype: torch.dtype, where: str
     ) -> FusedAdapter:
-        """Raises :class:`AdapterError` if it is more than low rank or has other shapes."""
-        reason = checkpoint.not_low_rank
-        if reason:
-            raise AdapterError(
-                f"{checkpoint.folder} cannot share a batch: {reason}; serve it with "
-                f"runner=transformers, or merge it into the model"
-            )
-        layers = checkpoint.low_rank()
+        """Raises :class:`AdapterError`, beginning with ``where``, for other layers or shapes."""
+        left = dict(layers)
         packed = cls([], [])
         for site in sites:
             packed.a.append([])
             packed.b.append([])
             for module, width in zip(site.modules, site.widths, strict=True):
-                found = layers.pop(module, None)
+                found = left.pop(module, None)
                 if found is None:
                     a, b = torch.zeros(site.inputs, 0), torch.zeros(0, width)
                 else:
                     a, b = found.a.float().T, found.b.float().T * found.scaling
                 if (len(a), b.shape[1]) != (site.inputs, width):
                     raise AdapterError(
-                        f"{checkpoint.folder} was made for another model: {module} maps "
+                        f"{where} was made for another model: {module} maps "
                         f"{len(a)} to {b.shape[1]} channels there, {site.inputs} to {width} here"
                     )
                 pad = -a.shape[1] % LANES
@@ -77,10 +75,10 @@ class FusedAdapter:
                 b = torch.nn.functional.pad(b, (0, 0, 0, pad)).to(dtype)
                 tile = 4 * LANES if width % (4 * LANES) == 0 else LANES
                 packed.b[-1].append(b.unflatten(1, (-1, tile)).transpose(0, 1).contiguous())
-        if layers:
+        if left:
             raise AdapterError(
-                f"{checkpoint.folder} changes {sorted(layers)[0]}, which this runner does not "
-                f"know or cannot adapt"
+                f"{where} changes {sorted(left)[0]}, which this runner does not know or cannot "
+                f"adapt"
             )
         return packed
 

@@ -1,9 +1,10 @@
 """Attention over a paged cache for a ragged batch, in plain PyTorch.
 
 Transformers models call :func:`ragged_attention` once per layer, through ``AttentionInterface``,
-with queries, keys and values of all segments packed in one row. It writes the new keys and
-values to their pages, then attends group by group: segments of similar query length and context
-share one padded call, so that 200 decoding streams cost a few calls and not 200.
+with queries, keys and values of all segments packed in one row. The plan of the pass says what is
+done with them. A :class:`PagedPlan` writes the new keys and values to their pages, then attends
+group by group: segments of similar query length and context share one padded call, so that 200
+decoding streams cost a few calls and not 200.
 
 A layer's cache is ``[kv_heads, pages, page_size, head_dim]``: the heads come first so that
 gathering a sequence's pages is a single copy of whole pages.
@@ -11,12 +12,14 @@ gathering a sequence's pages is a single copy of whole pages.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface
 
 from anabranch.serving.batch import PackedBatch
 
@@ -71,16 +74,67 @@ class Group:
         return self.masks[key]
 
 
+class AttentionPlan(ABC):
+    """How the layers attend in one pass; reaches the attention function as ``plan=``."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """``query [1, heads, N, D]``, ``key`` and ``value [1, kv_heads, N, D]`` after the
+        rotation; returns ``[1, N, heads, D]``. ``window`` is how many tokens a query sees.
+        """
+
+
 @dataclass
-class AttentionPlan:
-    """What the attention function needs to know about a step; reaches it as ``plan=``."""
+class PagedPlan(AttentionPlan):
+    """Write the keys and values of a step to their pages, and attend to whole contexts."""
 
     slots: Tensor
     groups: list[Group]
     caches: list[LayerCache]
 
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Segments never see each other."""
+        cache = self.caches[layer]
+        cache.write(self.slots, key[0], value[0])
 
-def make_plan(batch: PackedBatch, page_size: int, caches: list[LayerCache]) -> AttentionPlan:
+        heads, tokens = query.shape[1:3]
+        kv_heads = key.shape[1]
+        repeats = heads // kv_heads
+        output = query.new_empty(tokens, heads, value.shape[3])
+        for group in self.groups:
+            segments, width = group.positions.shape
+            rows = query[0].transpose(0, 1)[group.rows]  # [S * Q, heads, head_dim]
+            # Query heads that share a key head become further queries of it: keys are not repeated.
+            grouped = rows.view(segments, width, kv_heads, repeats, -1)
+            grouped = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, kv_heads, repeats * Q, D]
+            keys, values = cache.read(group.pages, segments)
+            mask = group.mask(window, repeats, query.dtype)
+            attended = attention(grouped, keys.to(query), values.to(query), mask, scaling, softcap)
+            attended = attended.unflatten(2, (repeats, width)).permute(0, 3, 1, 2, 4)
+            attended = attended.reshape(segments * width, heads, -1)  # [S * Q, heads, head_dim]
+            output[group.rows[group.valid]] = attended[group.valid]
+        return output[None]
+
+
+def make_plan(batch: PackedBatch, page_size: int, caches: list[LayerCache]) -> PagedPlan:
     """Group a batch's segments by powers of two of query length and of pages."""
     lengths = np.diff(batch.query_start)
     num_pages = -(-batch.context // page_size)
@@ -103,7 +157,7 @@ def make_plan(batch: PackedBatch, page_size: int, caches: list[LayerCache]) -> A
                 num_keys=depth * page_size,
             )
         )
-    return AttentionPlan(batch.slots, groups, caches)
+    return PagedPlan(batch.slots, groups, caches)
 
 
 def ragged_attention(
@@ -121,37 +175,21 @@ def ragged_attention(
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' ``AttentionInterface``.
 
-    ``query`` is ``[1, heads, tokens, head_dim]``, ``key`` and ``value`` have ``kv_heads``; the
-    result is ``[1, tokens, heads, head_dim]``. Segments never see each other.
+    See :meth:`AttentionPlan.attend` for the shapes.
     """
     if plan is None:
         raise RuntimeError(
             "this model belongs to a serving engine and runs only through it; "
             "load another copy to call it directly"
         )
-    cache = plan.caches[module.layer_idx]  # type: ignore[index]
-    cache.write(plan.slots, key[0], value[0])
-
-    heads, tokens = query.shape[1:3]
-    kv_heads = key.shape[1]
-    repeats = heads // kv_heads
-    output = query.new_empty(tokens, heads, value.shape[3])
-    for group in plan.groups:
-        segments, width = group.positions.shape
-        rows = query[0].transpose(0, 1)[group.rows]  # [S * Q, heads, head_dim]
-        # Query heads that share a key head become further queries of it: keys are not repeated.
-        grouped = rows.view(segments, width, kv_heads, repeats, -1)
-        grouped = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, kv_heads, repeats * Q, dim]
-        keys, values = cache.read(group.pages, segments)
-        mask = group.mask(sliding_window, repeats, query.dtype)
-        attended = _attend(grouped, keys.to(query), values.to(query), mask, scaling, softcap)
-        attended = attended.unflatten(2, (repeats, width)).permute(0, 3, 1, 2, 4)
-        attended = attended.reshape(segments * width, heads, -1)  # [S * Q, heads, head_dim]
-        output[group.rows[group.valid]] = attended[group.valid]
-    return output[None], None
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return plan.attend(layer, query, key, value, scaling, sliding_window, softcap), None
 
 
-def _attend(
+AttentionInterface.register(NAME, ragged_attention)
+
+
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -159,6 +197,7 @@ def _attend(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
+    """Plain attention ``[S, heads, Q, D]`` under an additive mask, with Gemma's capped scores."""
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)

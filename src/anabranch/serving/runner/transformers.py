@@ -11,12 +11,13 @@ that lives inside the layers can be served. The segments of each branch are comp
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -24,11 +25,13 @@ from anabranch.errors import AdapterError, ModelUnsupported
 from anabranch.serving.adapters import AdapterCheckpoint
 from anabranch.serving.batch import PackedBatch, PageCopy, StepPlan, StepResult
 from anabranch.serving.runner import paged_attention
+from anabranch.serving.runner.branch import branch_of, freeze_linears
+from anabranch.serving.runner.frozen import frozen_linears
 from anabranch.serving.runner.memory import zeros
 from anabranch.serving.runner.paged_attention import LayerCache
 from anabranch.serving.runner.probe import num_pages, probe_plans, probe_prompt
-
-AttentionInterface.register(paged_attention.NAME, paged_attention.ragged_attention)
+from anabranch.serving.runner.recording import Recording, recordings
+from anabranch.serving.runner.trunk import Trunk
 
 
 class TransformersRunner:
@@ -55,6 +58,30 @@ class TransformersRunner:
             self._shapes, num_pages, self.page_size, self.model.dtype, self._device
         )
 
+    shared_inputs: Sequence[tuple[str, ...]] = ()
+
+    def training_base(self) -> PreTrainedModel:
+        """A branch whose linear layers are frozen."""
+        base = branch_of(self.model)
+        freeze_linears(base)
+        Trunk.of(base)  # refuses models that cannot be trained layer by layer
+        return base
+
+    def training_handle(self, model: PeftModel) -> PreTrainedModel:
+        """The adapted modules themselves."""
+        return cast(PreTrainedModel, model.get_base_model())
+
+    def read_cache(self, layer: int, pages: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[kv_heads, tokens, head_dim]``."""
+        index = torch.tensor(pages[: -(-tokens // self.page_size)], device=self._device)
+        keys, values = self._caches[layer].read(index, 1)
+        return keys[0, :, :tokens], values[0, :, :tokens]
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The model's own."""
+        return self.model.dtype
+
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy keys and values in every layer."""
         sources, targets = (list(pages) for pages in zip(*copies, strict=True))
@@ -67,22 +94,20 @@ class TransformersRunner:
 
         Virtual tokens cannot be served: they are no part of the sequence that the engine counts.
         """
-        import peft
-
         import anabranch.adapters  # noqa: F401 - registers our own methods with PEFT
 
         folder = str(checkpoint.folder)
         try:
-            config = peft.PeftConfig.from_pretrained(folder)
+            config = PeftConfig.from_pretrained(folder)
         except (TypeError, ValueError, KeyError) as error:
             raise AdapterError(f"PEFT cannot read {folder}: {error}") from error
         if config.is_prompt_learning or checkpoint.method == "ADAPTION_PROMPT":
             raise AdapterError(
                 f"{folder} cannot be served: {checkpoint.method} adds virtual tokens to the prompt"
             )
-        branch = _branch(self.model)
+        branch = branch_of(self.model)
         try:
-            peft.PeftModel.from_pretrained(branch, folder)  # changes the branch in place
+            PeftModel.from_pretrained(branch, folder)  # changes the branch in place
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise AdapterError(f"{folder} was made for another model: {error}") from error
         shared = {parameter.data_ptr() for parameter in self.model.parameters()}
@@ -116,7 +141,11 @@ class TransformersRunner:
     def _execute(self, model: PreTrainedModel, plan: StepPlan) -> StepResult:
         batch = plan.pack()
         pooling = [i for i, s in enumerate(plan.segments) if s.sequence.request.pooling]
-        with _last_hidden_states(model, enabled=bool(pooling)) as hidden:
+        recorded = list(recordings(plan.segments, batch.query_start))
+        with (
+            _last_hidden_states(model, enabled=bool(pooling)) as hidden,
+            _recorded(model, recorded),
+        ):
             logits = _forward(model, batch, self.page_size, self._caches)
         pooled = {}
         for index in pooling:
@@ -129,15 +158,6 @@ class TransformersRunner:
         for cache in self._caches:
             cache.keys[:, list(pages)] = 0
             cache.values[:, list(pages)] = 0
-
-
-def _branch(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules that shares the memory of every weight."""
-    shared: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        # A parameter of its own: some methods of PEFT replace what a base layer's one holds.
-        shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    return copy.deepcopy(model, shared)
 
 
 LayerShape = tuple[int, int, int]
@@ -174,6 +194,44 @@ def _last_hidden_states(model: PreTrainedModel, enabled: bool) -> Iterator[list[
         yield collected
     finally:
         hook.remove()
+
+
+@contextmanager
+def _recorded(model: PreTrainedModel, recorded: Sequence[Recording]) -> Iterator[None]:
+    """Hand inputs of layers and outputs of linear layers to the recorders of some rows."""
+    if not recorded:
+        yield
+        return
+    trunk, hooks = Trunk.of(model), []
+    recorded[0].recorder.begin(recorded[0].start)  # the others' rows come after it, in order
+
+    def inputs_of(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            for recorder, start, rows in recorded:
+                recorder.layer_input(number, start, hidden[0, rows])
+
+        return hook
+
+    def products_of(number: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            for recorder, start, rows in recorded:
+                if name in recorder.products:
+                    recorder.product(number, name, start, output[0, rows])
+
+        return hook
+
+    wanted = frozenset[str]().union(*(recorder.products for recorder, *_ in recorded))
+    try:
+        for number, layer in enumerate([*trunk.layers, trunk.norm]):
+            hooks.append(layer.register_forward_pre_hook(inputs_of(number), with_kwargs=True))
+            for name, linear in frozen_linears(layer):
+                if name in wanted:
+                    hooks.append(linear.register_forward_hook(products_of(number, name)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _take_over(model: PreTrainedModel, page_size: int) -> list[LayerShape]:

@@ -1,0 +1,114 @@
+"""How much fine-tuning fits into a step: FlexLLM's hybrid token scheduler (section 7).
+
+A step has a time that it may take: the latency target while requests decode. Whatever its inference
+tokens leave of it is filled with forward windows, in the same packed batch, and with head windows
+and backward units after it, each as long as its fitted cost allows.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+
+from anabranch.planning import CostModel
+from anabranch.serving.batch import StepPlan
+from anabranch.serving.coserving.passes import Pass, Phase
+
+SMALLEST = 8
+"""Rows of the smallest window: below it, what a window costs at all outweighs its rows."""
+UNKNOWN = 32
+"""Rows of a window of which nothing is known yet."""
+IDLE_SECONDS = 0.1
+SLOWDOWN = 0.25
+SAVED_STEPS = 20
+
+
+class Allowance:
+    """How long a step may take.
+
+    With a ``target`` (seconds), that is it. Without one, requests may become slower by a quarter on
+    average: what a step does not use is saved up for a few more, so that a unit that is longer than
+    a quarter of a short step has its turn, too. A step without inference may take
+    :data:`IDLE_SECONDS`, which is what a request that arrives meanwhile waits.
+    """
+
+    def __init__(self, target: float | None) -> None:
+        self._target = target
+        self._saved = 0.0
+
+    def seconds(self, inference: float) -> float:
+        """For a step whose inference part is predicted to take so long; 0 for none."""
+        if not inference:
+            return max(IDLE_SECONDS, self._target or 0.0)
+        if self._target is not None:
+            return self._target
+        return inference + self._saved + SLOWDOWN * inference
+
+    def used(self, inference: float, fine_tuning: float) -> None:
+        """What a step spent on each."""
+        if inference:
+            saved = self._saved + SLOWDOWN * inference - fine_tuning
+            self._saved = min(max(0.0, saved), SAVED_STEPS * SLOWDOWN * inference)
+
+
+class ShareModel:
+    """Predicts steps and units from those that ran, and finds the largest that fit.
+
+    ``step_cost`` is the engine's own cost model.
+    """
+
+    def __init__(self, step_cost: CostModel) -> None:
+        self._step_cost = step_cost
+        self._units: dict[Phase, CostModel] = {"head": CostModel(), "backward": CostModel()}
+
+    def step_seconds(self, plan: StepPlan | None) -> float:
+        """Predicted seconds of a step; 0 for none or while nothing is known."""
+        return self._step_cost.predict(plan.num_tokens, plan.num_context) if plan else 0.0
+
+    def forward_rows(self, plan: StepPlan | None, seconds: float, work: Pass) -> int:
+        """Most tokens of forward windows with which a step still takes at most ``seconds``."""
+        if not self._step_cost.fitted:
+            return min(UNKNOWN, work.left)
+        tokens, context = (plan.num_tokens, plan.num_context) if plan else (0, 0)
+
+        def cost(rows: int) -> float:
+            added = sum(segment.stop for segment in work.segments(rows))
+            return self._step_cost.predict(tokens + rows, context + added)
+
+        return _largest(cost, work.left, seconds)
+
+    def unit_rows(self, work: Pass, seconds: float) -> int:
+        """Most rows of the next unit that take at most ``seconds``."""
+        phase, left = work.phase, work.left
+        model = self._units[phase]
+        if not model.fitted:
+            return min(UNKNOWN, left)
+
+        def cost(rows: int) -> float:
+            return model.predict(rows, _context(phase, rows, left))
+
+        return _largest(cost, left, seconds)
+
+    def observe(self, phase: Phase, rows: int, left: int, seconds: float) -> None:
+        """Learn from a unit that ran, with ``left`` rows before it."""
+        model = self._units[phase]
+        model.observe(rows, _context(phase, rows, left), seconds)
+        if not model.fitted:
+            model.fit()
+
+
+def _context(phase: Phase, rows: int, left: int) -> int:
+    """Pairs of a row and one that it attends to, the other thing that a backward unit costs."""
+    return rows * (2 * left - rows) // 2 if phase == "backward" else 0
+
+
+def _largest(cost: Callable[[int], float], limit: int, seconds: float) -> int:
+    """The most rows, ``limit`` at most, that cost at most ``seconds``; 0 if the smallest do not.
+
+    Costs grow with the rows, so that the answer is found by bisection.
+    """
+    if not math.isfinite(seconds):
+        return limit
+    rows = bisect_right(range(limit + 1), seconds, key=cost) - 1
+    return rows if rows >= min(SMALLEST, limit) else 0
