@@ -222,7 +222,7 @@ class TestRemoval:
     def start(self, folders: dict[str, Path]) -> tuple[Engine, ServedAdapter, list[Any]]:
         engine = engine_on("transformers")
         removed: list[Any] = []
-        engine._runner.remove_adapter = removed.append  # type: ignore[method-assign]
+        engine.runner.remove_adapter = removed.append  # type: ignore[method-assign]
         adapter = engine.add_adapter("all", AdapterCheckpoint.read(folders["all"]))
         engine.add(tiny.greedy(PROMPTS[33], 6, ignore_eos=True))
         request = Request("r", PROMPTS[33], tiny.greedy([1], 6, ignore_eos=True).sampling)

@@ -157,13 +157,13 @@ def test_long_prompt_is_split_evenly_when_nothing_else_waits() -> None:
     engine = tiny.engine(token_budget=100)
     engine.add(tiny.greedy([1] * 301, 1))
     sizes = []
-    original = engine._runner.execute
+    original = engine.runner.execute
 
     def record(plan: StepPlan) -> StepResult:
         sizes.append(plan.num_tokens)
         return original(plan)
 
-    engine._runner.execute = record  # type: ignore[method-assign]
+    engine.runner.execute = record  # type: ignore[method-assign]
     list(engine.run())
     assert sizes == [76, 75, 75, 75]
 
@@ -181,14 +181,14 @@ def test_abort_in_the_middle_of_a_prefill_frees_its_pages_at_once() -> None:
 class TestFailures:
     def test_a_request_whose_step_raises_fails_alone(self) -> None:
         engine = tiny.engine()
-        original = engine._runner.execute
+        original = engine.runner.execute
 
         def poisoned(plan: StepPlan) -> StepResult:
             if any(s.sequence.request.id == "bad" for s in plan.segments):
                 raise RuntimeError("boom")
             return original(plan)
 
-        engine._runner.execute = poisoned  # type: ignore[method-assign]
+        engine.runner.execute = poisoned  # type: ignore[method-assign]
         prompts = {name: [ord(name[0])] * 20 for name in ("alpha", "bad", "charlie")}
         for name, prompt in prompts.items():
             engine.add(tiny.greedy(prompt, 6, name, n=2))
@@ -207,7 +207,7 @@ class TestFailures:
     def test_a_retried_batch_does_not_copy_pages_again(self) -> None:
         """The source of a copy may have a new owner in the very batch that is retried."""
         engine = tiny.engine(pages=3, page_size=8, prefix_reuse=False)
-        original = engine._runner.execute
+        original = engine.runner.execute
         prompt = [9] * 12
         first = expected(tuple(prompt), 6)
         # Choice 0 ends at once; its last page, of which choice 1 gets a copy, is free again.
@@ -224,7 +224,7 @@ class TestFailures:
                 raise RuntimeError("boom")
             return result
 
-        engine._runner.execute = fails_after_computing  # type: ignore[method-assign]
+        engine.runner.execute = fails_after_computing  # type: ignore[method-assign]
         tokens = first[:1]
         for output in engine.run():
             if output.request_id == "fork":
@@ -234,7 +234,7 @@ class TestFailures:
 
     def test_non_finite_logits_fail_one_request_and_leave_no_trace_in_its_pages(self) -> None:
         engine = tiny.engine(pages=8)
-        original = engine._runner.execute
+        original = engine.runner.execute
         engine.add(tiny.greedy([9] * 40, 8, "bad"))
         engine.add(tiny.greedy([5] * 40, 8, "good"))
 
@@ -243,12 +243,12 @@ class TestFailures:
             for segment in plan.segments:
                 if segment.sequence.request.id == "bad":
                     pages = segment.sequence.pages
-                    for cache in engine._runner._caches:  # type: ignore[attr-defined]
+                    for cache in engine.runner._caches:  # type: ignore[attr-defined]
                         cache.keys[:, pages] = float("nan")
                         cache.values[:, pages] = float("nan")
             return result
 
-        engine._runner.execute = poisoned  # type: ignore[method-assign]
+        engine.runner.execute = poisoned  # type: ignore[method-assign]
         reasons = {}
         tokens: list[int] = []
         for output in engine.run():
@@ -260,7 +260,7 @@ class TestFailures:
         assert reasons == {"bad": "error", "good": "length"}
         assert tokens == expected((5,) * 40, 8)
         # The next owner of the pages must not inherit NaN, which no mask would hide.
-        engine._runner.execute = original  # type: ignore[method-assign]
+        engine.runner.execute = original  # type: ignore[method-assign]
         assert engine.generate([tiny.greedy([9] * 200, 4, "c")])["c"] == [expected((9,) * 200, 4)]
         assert_idle(engine)
 

@@ -178,7 +178,7 @@ def test_a_failing_embedding_names_no_internals() -> None:
             def broken(plan: Any) -> Any:
                 raise RuntimeError("secret")
 
-            model.engine._runner.execute = broken  # type: ignore[method-assign]
+            model.engine.runner.execute = broken  # type: ignore[method-assign]
             with pytest.raises(RequestFailed, match="server's log") as caught:
                 await model.embed(["a"])
             assert "secret" not in str(caught.value)
@@ -208,4 +208,4 @@ def test_loading_by_name_picks_options(tmp_path: Path) -> None:
     loaded = EngineModel.load(str(folder), served_name="other")
     assert loaded.name == "other"
     assert loaded.card.context_length == tiny.CONTEXT
-    assert loaded.kv_memory == loaded.engine.cache.num_pages * loaded.engine._runner.page_bytes
+    assert loaded.kv_memory == loaded.engine.cache.num_pages * loaded.engine.runner.page_bytes

@@ -108,7 +108,7 @@ def rows_of(
             rows[segment.sequence.request.id, segment.stop] = row.clone()
         return result
 
-    engine._runner = _Recorded(runner, record)  # type: ignore[assignment]
+    engine.runner = _Recorded(runner, record)  # type: ignore[assignment]
     engine.generate(requests)
     return rows
 

@@ -74,6 +74,25 @@ def test_linear(ops: Any, rows: int, width: int, outputs: int, bias: bool, weigh
 
 @settings(max_examples=40, deadline=None)
 @given(
+    rows=SIZES,
+    width=st.sampled_from((64, 80, 96, 112, 192, 576)),
+    outputs=st.integers(1, 130),
+    weights=st.sampled_from(("bf16", "int8")),
+)
+def test_transposed(ops: Any, rows: int, width: int, outputs: int, weights: Any) -> None:
+    linear = nn.Linear(width, outputs, bias=False)
+    gradient = torch.randn(rows, outputs)
+    with torch.inference_mode():
+        packed = PackedLinear.of([linear], weights, ops)
+        expected = gradient @ packed.dense()
+        plain = PackedLinear.of([linear], weights, PLAIN).transposed(gradient)
+        assert (packed.dense() - linear.weight).abs().max() <= 0.01 * linear.weight.abs().max()
+    torch.testing.assert_close(packed.transposed(gradient), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
     blocks=st.lists(st.tuples(SIZES, st.integers(0, 2)), max_size=5),
     rank=st.sampled_from((0, 16, 32)),
     width=st.sampled_from((64, 576)),

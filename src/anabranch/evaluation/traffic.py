@@ -72,17 +72,20 @@ def replay(
     trace: Sequence[Arrival],
     clock: Clock,
     prompt_of: Callable[[int, Arrival], list[int]],
+    between: Callable[[bool], bool] = lambda idle: False,
 ) -> list[RequestTimes]:
-    """Send a trace to an idle engine and record when its tokens come.
+    """Send a trace to an engine without requests and record when their tokens come.
 
     ``prompt_of(index, arrival)`` gives the tokens of a prompt. Outputs are greedy and exactly as
-    long as the trace says.
+    long as the trace says. ``between(idle)`` is called between steps, and when there is nothing to
+    do; it says whether it did something then, instead of which the next arrival is awaited.
     """
     times = [RequestTimes(arrival) for arrival in trace]
     upcoming = list(enumerate(trace))[::-1]
     start = clock()
-    while upcoming or engine.has_work:
-        if not engine.has_work:
+    while upcoming or engine.scheduler.has_work:
+        idle = not engine.has_work
+        if not between(idle) and idle:
             clock.wait_until(start + upcoming[-1][1].seconds)
         while upcoming and start + upcoming[-1][1].seconds <= clock():
             index, arrival = upcoming.pop()

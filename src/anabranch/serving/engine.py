@@ -94,7 +94,7 @@ class Engine:
         )
         """Fine-tuning jobs, which compute in what requests leave of the steps."""
         self._published: dict[str, ServedAdapter] = {}
-        self._runner = runner
+        self.runner = runner
         self._clock = clock
         self.end_tokens = tuple(sorted(end_tokens))
         self._output = OutputBuilder(tokenizer, frozenset(end_tokens))
@@ -107,7 +107,7 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise :class:`InvalidRequest` if the request can never be served. Changes nothing."""
         sampling, length = request.sampling, len(request.prompt)
-        vocabulary = self._runner.vocabulary
+        vocabulary = self.runner.vocabulary
         if not length:
             raise InvalidRequest("prompt", "must have at least one token")
         if not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
@@ -183,7 +183,7 @@ class Engine:
         self, name: str, checkpoint: AdapterCheckpoint, version: int = 1
     ) -> ServedAdapter:
         """Make an adapter ready for requests. Raises :class:`AdapterError` if it does not fit."""
-        handle, memory = self._runner.add_adapter(checkpoint)
+        handle, memory = self.runner.add_adapter(checkpoint)
         identity = f"{name}@{version}/{checkpoint.fingerprint}"
         key = hashlib.blake2b(identity.encode(), digest_size=16).digest()
         adapter = ServedAdapter(name, version, key, memory, handle)
@@ -326,10 +326,10 @@ class Engine:
         """Run a plan; if it raises, run its segments one by one to find out whose fault it is."""
         if plan.page_copies:
             # Once and first: a retry must not copy from a page that the batch has overwritten.
-            self._runner.copy_pages(plan.page_copies)
+            self.runner.copy_pages(plan.page_copies)
             plan = replace(plan, page_copies=())
         try:
-            return plan, self._runner.execute(plan), []
+            return plan, self.runner.execute(plan), []
         except Exception as error:
             if len(plan.segments) == 1:
                 sequence = plan.segments[0].sequence
@@ -396,7 +396,7 @@ class Engine:
         """Take a sequence out, with choices that wait for it, and clear what it wrote."""
         pages = self.scheduler.discard(sequence)
         if pages:
-            self._runner.clear_pages(pages)
+            self.runner.clear_pages(pages)
         failed = [sequence, *sequence.siblings]
         sequence.siblings = []
         for choice in failed:
@@ -428,7 +428,7 @@ class Engine:
     def _drop_unused(self, adapter: ServedAdapter) -> None:
         if adapter not in self._adapters and not self._adapter_users[adapter]:
             del self._adapter_users[adapter]
-            self._runner.remove_adapter(adapter.handle)
+            self.runner.remove_adapter(adapter.handle)
 
     def _context_name(self) -> str:
         if self.max_context < self.cache.capacity:

@@ -65,6 +65,7 @@ class SimulatedRunner:
     """Takes the time that a cost model predicts and computes nothing: every token is 0."""
 
     vocabulary = 2
+    page_size = 32
     page_bytes = 1
 
     def __init__(self, cost: CostModel, clock: VirtualClock, context_length: int = 8192) -> None:

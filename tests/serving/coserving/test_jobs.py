@@ -189,6 +189,8 @@ def test_what_can_never_run_is_refused_at_once(tmp_path: Path) -> None:
     ):
         with pytest.raises(kind, match=why):
             engine.finetune(wrong)
+    with pytest.raises(ConfigurationError, match="activations must be one of layer_input"):
+        job(tmp_path, items, activations="all")
     with pytest.raises(ConfigurationError, match="weight"):
         job(tmp_path, items, weight=0.0)
     assert not engine.has_work

@@ -190,10 +190,11 @@ def test_kept_products_are_not_computed_again(tmp_path: Path) -> None:
         trainee, _ = trainee_for(runner, "all", tmp_path)
         items = rows([37, 5])
         _, expected = by_windows(runner, trainee, items, [7], [9])
-        trainee.products = frozenset(
-            {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
-            | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
-        )
+        options = {"r": 4, "target_modules": "all-linear"}
+        spec = job(tmp_path, rows([4]), method_options=options, activations="pruned")
+        trainee = Trainee(runner, spec)
+        randomise(trainee.model)
+        trainee.refresh()
         linear = trainee.trunk.layers[1].mlp.up_proj.base_layer
         product, calls = linear.product, []
 

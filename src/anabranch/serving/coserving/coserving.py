@@ -142,7 +142,7 @@ class CoServing:
         passed = self._clock() - self._began
         fine_tuning = passed - forward * (1 - sum(self._windows.values()) / max(1, num_tokens))
         self.statistics.seconds += fine_tuning
-        self._allowance.used(self._inference, fine_tuning)
+        self._allowance.used(self._inference, fine_tuning, passed)
         if idle:
             time.sleep(WAIT_SECONDS)
 

@@ -11,13 +11,17 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from anabranch.errors import ConfigurationError
 from anabranch.training.example import Item
 from anabranch.training.options import TrainOptions
 
 JobState = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+
+Activations = Literal["layer_input", "pruned"]
+"""What waits for the backward pass: the inputs of the layers, or also the outputs of their linear
+layers, which are then not computed again (see :mod:`.pruning` for what that means in bytes)."""
 
 FINISHED: frozenset[JobState] = frozenset({"succeeded", "failed", "cancelled"})
 
@@ -47,9 +51,15 @@ class FinetuneJob:
     method_options: Mapping[str, Any] = field(default_factory=dict)
     start_from: Path | None = None
     weight: float = 1.0
+    activations: Activations = "layer_input"
     publish_every: int | None = None
 
     def __post_init__(self) -> None:
+        if self.activations not in get_args(Activations):
+            raise ConfigurationError(
+                f"activations must be one of {', '.join(get_args(Activations))}, "
+                f"not {self.activations!r}"
+            )
         if not self.weight > 0:
             raise ConfigurationError(f"a job's weight must be above 0, not {self.weight}")
         if self.publish_every is not None and self.publish_every < 1:

@@ -22,34 +22,50 @@ UNKNOWN = 32
 IDLE_SECONDS = 0.1
 SLOWDOWN = 0.25
 SAVED_STEPS = 20
+ON_TIME = 0.98
+ADAPTATION = 0.05
+"""How far a step that is late moves the allowance, as a part of the target."""
 
 
 class Allowance:
     """How long a step may take.
 
-    With a ``target`` (seconds), that is it. Without one, requests may become slower by a quarter on
-    average: what a step does not use is saved up for a few more, so that a unit that is longer than
-    a quarter of a short step has its turn, too. A step without inference may take
-    :data:`IDLE_SECONDS`, which is what a request that arrives meanwhile waits.
+    With a ``target`` (seconds) it is a part of that, small enough that :data:`ON_TIME` of the steps
+    are within the target: predictions are right on average, and half of the steps take longer.
+    The part follows the steps that ran as a running quantile does (Robbins and Monro 1951): it
+    grows a little with each that was on time and shrinks a lot with each that was late.
+
+    Without a target, requests may become slower by a quarter on average: what a step does not use
+    is saved up for a few more, so that a unit that is longer than a quarter of a short step has its
+    turn, too.
+
+    A step without inference may take :data:`IDLE_SECONDS`, which is what a request that arrives
+    meanwhile waits.
     """
 
     def __init__(self, target: float | None) -> None:
         self._target = target
+        self._part = 0.8
         self._saved = 0.0
 
     def seconds(self, inference: float) -> float:
         """For a step whose inference part is predicted to take so long; 0 for none."""
         if not inference:
-            return max(IDLE_SECONDS, self._target or 0.0)
+            return max(IDLE_SECONDS, (self._target or 0.0) * self._part)
         if self._target is not None:
-            return self._target
+            return self._target * self._part
         return inference + self._saved + SLOWDOWN * inference
 
-    def used(self, inference: float, fine_tuning: float) -> None:
-        """What a step spent on each."""
-        if inference:
-            saved = self._saved + SLOWDOWN * inference - fine_tuning
-            self._saved = min(max(0.0, saved), SAVED_STEPS * SLOWDOWN * inference)
+    def used(self, inference: float, fine_tuning: float, seconds: float) -> None:
+        """What a step spent on each, as measured but for the prediction for inference."""
+        if not inference:
+            return
+        saved = self._saved + SLOWDOWN * inference - fine_tuning
+        self._saved = min(max(0.0, saved), SAVED_STEPS * SLOWDOWN * inference)
+        if self._target is None or not fine_tuning:
+            return
+        change = 1 - ON_TIME if seconds <= self._target else -ON_TIME
+        self._part = min(max(self._part + ADAPTATION * change, 0.1), 1.0)
 
 
 class ShareModel:

@@ -39,9 +39,10 @@ class Trainee:
         self.dropout = _replay_dropout(self.trunk, runner, job.options.seed, own_dropout)
         self.model.eval()  # dropout of the base is not part of what is served
         self._linears = [dict(frozen_linears(layer)) for layer in self.trunk.layers]
-        self.hidden = int(base.config.get_text_config().hidden_size)
-        self.products: frozenset[str] = frozenset()
+        # The last one's output is a part of the next layer's input, and only that.
+        self.products = frozenset([*self._linears[0]][:-1] if job.activations == "pruned" else ())
         """Linear layers whose outputs are kept from the forward pass instead of computed again."""
+        self.hidden = int(base.config.get_text_config().hidden_size)
         self._runner = runner
         self.handle = runner.training_handle(self.model)
         """With which the engine computes segments on the weights as they are now."""

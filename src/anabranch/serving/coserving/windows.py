@@ -158,32 +158,45 @@ class Backward:
         start, stop = max(0, self.stop - rows), self.stop
         window = slice(start, stop)
         plan, past = self._plan(start, stop)
-        x = pack.inputs[layer][window].requires_grad_()
+        # Nothing waits for the gradient of the lowest layer's input.
+        x = pack.inputs[layer][window].requires_grad_(layer > trainee.lowest)
         parameters = trainee.parameters[layer]
         with torch.enable_grad(), trainee.replaying(pack, layer, start, stop):
             y = trainee.trunk.layer(layer, x, pack.positions[window], plan)
-        if self._kv is None:
-            shape = plan.keys.shape[1], pack.rows, plan.keys.shape[3]
-            width = plan.values.shape[3]
-            self._kv = torch.zeros(shape), torch.zeros(*shape[:2], width)
-        keys, values = self._kv
         if self._prove:
             _require_same(x.detach(), y.detach(), pack.inputs[layer + 1][window], layer)
-        gradients = torch.autograd.grad(
-            [y, plan.keys, plan.values],
-            [x, *past, *parameters],
-            [self._above[window], keys[None, :, window], values[None, :, window]],
-            allow_unused=True,
+        if self._kv is None:
+            kv_heads, _, width = plan.keys.shape[1:]
+            self._kv = (
+                torch.zeros(kv_heads, pack.rows, width),
+                torch.zeros(kv_heads, pack.rows, plan.values.shape[3]),
+            )
+        keys, values = self._kv
+        known = {
+            y: self._above[window],
+            plan.keys: keys[None, :, window],
+            plan.values: values[None, :, window],
+        }
+        known = {output: gradient for output, gradient in known.items() if output.requires_grad}
+        wanted = [tensor for tensor in (x, *past, *parameters) if tensor.requires_grad]
+        gradients = dict(
+            zip(
+                wanted,
+                torch.autograd.grad([*known], wanted, [*known.values()], allow_unused=True),
+                strict=True,
+            )
         )
-        self._below[window] = gradients[0]
-        if past:
-            before = slice(plan.spans[0].first, start)
-            keys[:, before] += gradients[1]
-            values[:, before] += gradients[2]
-        for parameter, gradient in zip(parameters, gradients[1 + len(past) :], strict=True):
+        if x.requires_grad:
+            self._below[window] = gradients[x]
+        before = slice(plan.spans[0].first, start)
+        for tensor, total in zip(past, self._kv, strict=False):
+            if gradients[tensor] is not None:
+                total[:, before] += gradients[tensor]
+        for parameter in parameters:
+            gradient = gradients[parameter]
             if gradient is not None:
-                known = self._gradients.get(parameter)
-                self._gradients[parameter] = gradient if known is None else known.add_(gradient)
+                sofar = self._gradients.get(parameter)
+                self._gradients[parameter] = gradient if sofar is None else sofar.add_(gradient)
         self.stop = start
         if not start:
             self._next_layer()

@@ -27,6 +27,8 @@ class ModelRunner(Protocol):
     """Rows of the language-model head."""
     context_length: int
     """Longest sequence that the model was made for, in tokens."""
+    page_size: int
+    """Tokens of one page."""
     page_bytes: int
     """Memory of one page over all layers."""
 

@@ -58,7 +58,7 @@ class FusedRunner:
     :class:`ModelUnsupported` for anything it would not compute as the model does.
     """
 
-    shared_inputs = (
+    shared_inputs: Sequence[tuple[str, ...]] = (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("mlp.gate_proj", "mlp.up_proj"),
     )
