@@ -1,17 +1,21 @@
-"""Processor seconds per optimiser step, ours and Hugging Face's ``Trainer``, in one process.
+"""Processor seconds per optimiser step: ours, Hugging Face's ``Trainer``, TRL's ``SFTTrainer``.
 
-    python -m benchmarks.training [--steps 6] [--batch 8] [--max-length 512] [--json]
+    python -m benchmarks.training [--steps 5] [--batch 8] [--max-length 512] [--trl] [--json]
 
-Both sides start from the same weights and the same LoRA adapter, see the same rows in the same
-order and use the same learning rates; their steps alternate, so that whatever else the machine does
-meets both. Their losses and gradient norms are compared at every step: a faster step that computes
-something else would show.
+Ours and ``Trainer`` run in one process. Both start from the same weights and the same LoRA adapter,
+see the same rows in the same order and use the same learning rates; their steps alternate, so that
+whatever else the machine does meets both. Their losses and gradient norms are compared at every
+step: a faster step that computes something else would show.
 
-The peer gets its best case. It pads dynamically, averages over the tokens of the whole step as we
-do, uses the fused optimiser, and its rows are sorted by length within a step; it is run with every
-micro-batch size that divides the batch and the fastest counts. Rows come from the alpaca
-demonstration set in ``$ANABRANCH_DATA/instruct-demo``, or else from a generator with its spread of
-lengths.
+``Trainer`` pads dynamically, averages over the tokens of the whole step as we do and uses the fused
+optimiser. It is run twice: *plain*, the rows as they come, a whole step in one forward pass; and
+*best*, the rows of a step sorted by length and two in a pass, which pads as little as
+``group_by_length`` does and leaves the steps' rows as they are, so that curves can be compared.
+
+TRL pins its own environment, so it runs in another process, without and with packing (which changes
+what is in a step); it is compared by tokens per processor second. ``--trl`` builds the environment,
+once, below the cache. Rows come from the alpaca demonstration set in
+``$ANABRANCH_DATA/instruct-demo``, or else from a generator with its spread of lengths.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import lzma
 import os
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +50,9 @@ from anabranch.training.losses.causal import Causal
 from anabranch.training.options import TrainOptions
 from anabranch.training.result import StepReport
 from anabranch.training.trainer import Trainer
+from benchmarks.peers.environments import TORCH, Recipe
+
+TRL = Recipe("trl", (*TORCH, "transformers==5.23.0", "peft==0.21.2", "trl==1.16.0"))
 
 LENGTHS = (3.2, 1.1)
 """Mean and deviation of the logarithm of a generated answer's tokens."""
@@ -62,13 +70,22 @@ class Side:
     norms: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Peer:
+    """How the peer cuts a step: whether its rows are sorted, and how many share a forward pass."""
+
+    name: str
+    rows_of_a_forward: int
+    sort: bool
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=5, help="at least two")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--peer-micro-batches", type=int, nargs="*", help="rows of one forward")
+    parser.add_argument("--trl", action="store_true", help="also TRL, in its own environment")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
@@ -83,41 +100,36 @@ def main() -> None:
         precision="fp32",
     )
     steps, source = load_steps(loaded, options, arguments.max_length)
-    sizes = arguments.peer_micro_batches or [options.batch, max(1, options.batch // 4)]
+    tokens = [sum(len(example) for (example,) in step) for step in steps]
+    say = (lambda *_: None) if arguments.json else print
+    say(f"{round(statistics.mean(tokens))} tokens a step ({source})")
     rows = []
-    for size in sizes:
-        ours, theirs = race(loaded, options, steps, size)
-        rows.append({"peer_micro_batch": size, **compare(ours, theirs)})
-        if not arguments.json:
-            show(rows[-1])
-    tokens = sum(len(example) for step in steps for (example,) in step)
-    summary = {
-        "ratio": min(row["ratio"] for row in rows),
-        "largest_loss_difference": max(row["largest_loss_difference"] for row in rows),
-        "rows": source,
-        "tokens_per_step": round(tokens / len(steps)),
-        "trained_share": round(sum(e.targets for step in steps for (e,) in step) / tokens, 3),
-    }
+    for peer in (
+        Peer("plain", options.batch, sort=False),
+        Peer("best", max(1, options.batch // 4), sort=True),
+    ):
+        ours, theirs = race(loaded, options, steps, peer)
+        rows.append({"peer": f"transformers, {peer.name}", **compare(ours, theirs, tokens)})
+        say(line(rows[-1]))
+    if arguments.trl:
+        speed = statistics.median(row["tokens_per_second"]["anabranch"] for row in rows)
+        for packing in (False, True):
+            rows.append(trl_row(loaded, options, steps, arguments.max_length, packing, speed))
+            say(line(rows[-1]))
     if arguments.json:
+        summary = {"rows": source, "tokens_per_step": tokens, "runs": rows}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        print(
-            json.dumps(
-                {**summary, "runs": rows, "versions": versions, "machine": machine()}, indent=2
-            )
-        )
-    else:
-        print(
-            f"{summary['ratio']}x the peer's best, {summary['tokens_per_step']} tokens a step "
-            f"({source})"
-        )
+        print(json.dumps({**summary, "versions": versions, "machine": machine()}, indent=2))
 
 
 def race(
-    loaded: LoadedModel, options: TrainOptions, steps: Sequence[Sequence[Item]], micro_batch: int
+    loaded: LoadedModel, options: TrainOptions, steps: Sequence[Sequence[Item]], peer: Peer
 ) -> tuple[Side, Side]:
     """Train two copies; ours takes its step whenever the peer has ended one."""
     ours, theirs = Side(), Side()
     mine, other = adapted(loaded), adapted(loaded)
+    if peer.sort:
+        steps = [sorted(step, key=lambda item: len(item[0])) for step in steps]
     items = [item for step in steps for item in step]
     trainer = Trainer(mine, LanguageObjective.from_options(Causal(), options), options, items)
 
@@ -128,7 +140,7 @@ def race(
         ours.losses.append(report.loss)
         ours.norms.append(report.grad_norm)
 
-    run_peer(other, options, items, micro_batch, theirs, our_step)
+    run_peer(other, options, items, peer.rows_of_a_forward, theirs, our_step)
     return ours, theirs
 
 
@@ -209,11 +221,15 @@ def pad(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for example in examples:
         tokens, rest = list(example.tokens), longest - len(example)
-        marks = zip(tokens, example.trained, strict=True)
         rows["input_ids"].append(tokens + [0] * rest)
         rows["attention_mask"].append([1] * len(tokens) + [0] * rest)
-        rows["labels"].append([t if mark else -100 for t, mark in marks] + [-100] * rest)
+        rows["labels"].append(labels(example) + [-100] * rest)
     return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+def labels(example: Example) -> list[int]:
+    """The tokens that are trained on, and -100 for the others."""
+    return [t if mark else -100 for t, mark in zip(example.tokens, example.trained, strict=True)]
 
 
 def adapted(loaded: LoadedModel) -> Any:
@@ -226,7 +242,7 @@ def adapted(loaded: LoadedModel) -> Any:
 def load_steps(
     loaded: LoadedModel, options: TrainOptions, max_length: int
 ) -> tuple[list[list[Item]], str]:
-    """The rows of each step, the shortest first, and where they are from."""
+    """The rows of each step, and where they are from."""
     count = (options.steps or 0) * options.batch
     folder = os.environ.get("ANABRANCH_DATA")
     path = Path(folder or "") / "instruct-demo" / "alpaca_en_demo.jsonl.xz"
@@ -235,8 +251,7 @@ def load_steps(
     else:
         items, source = generated(loaded.card.vocabulary, count, max_length), "generated rows"
     random.Random(0).shuffle(items)
-    steps = [items[i : i + options.batch] for i in range(0, count, options.batch)]
-    return [sorted(step, key=lambda item: len(item[0])) for step in steps], source
+    return [items[i : i + options.batch] for i in range(0, count, options.batch)], source
 
 
 def alpaca(tokenizer: Any, path: Path, max_length: int) -> list[Item]:
@@ -269,18 +284,62 @@ def generated(vocabulary: int, count: int, max_length: int) -> list[Item]:
     return items
 
 
-def compare(ours: Side, theirs: Side) -> dict[str, Any]:
-    """Median step times, their ratio, and how far the curves are apart."""
-    seconds = {
-        name: statistics.median(side.seconds[WARM_UP:] or side.seconds)
-        for name, side in (("anabranch", ours), ("transformers", theirs))
+def trl_row(
+    loaded: LoadedModel,
+    options: TrainOptions,
+    steps: Sequence[Sequence[Item]],
+    max_length: int,
+    packing: bool,
+    our_speed: float,
+) -> dict[str, Any]:
+    """TRL's tokens per processor second on the same rows, beside ours."""
+    question: dict[str, Any] = {
+        "packing": packing,
+        # A packed row is as long as allowed, so that two hold about as much as a step of ours.
+        "rows_of_a_forward": 2 if packing else options.batch,
+        "steps": options.steps,
+        "lr": options.lr,
+        "max_length": max_length,
+        "rows": [
+            {"tokens": list(example.tokens), "labels": labels(example)}
+            for step in steps
+            for (example,) in step
+        ],
     }
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        question["model"] = str(Path(folder) / "model")
+        loaded.network.save_pretrained(question["model"])
+        loaded.tokenizer.save_pretrained(question["model"])
+        path = Path(folder) / "question.json"
+        path.write_text(json.dumps(question))
+        command = [TRL.build(), Path(__file__).with_name("training_trl.py"), path]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    answer = json.loads(printed.splitlines()[-1])
+    speeds = [t / s for t, s in zip(answer["tokens"], answer["seconds"], strict=True)][WARM_UP:]
+    speed = statistics.median(speeds)
+    return {
+        "peer": f"TRL, {'packed rows' if packing else 'plain'}",
+        "tokens_per_second": {"anabranch": round(our_speed), "peer": round(speed)},
+        "ratio": round(our_speed / speed, 2),
+        **answer,
+    }
+
+
+def compare(ours: Side, theirs: Side, tokens: Sequence[int]) -> dict[str, Any]:
+    """Medians over the steps, and how far the curves are apart."""
     ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
     return {
-        "seconds_per_step": {name: round(value, 3) for name, value in seconds.items()},
-        "ratio": round(statistics.median(ratios[WARM_UP:] or ratios), 2),
+        "tokens_per_second": {
+            name: round(
+                statistics.median(
+                    [t / s for t, s in zip(tokens, side.seconds, strict=True)][WARM_UP:]
+                )
+            )
+            for name, side in (("anabranch", ours), ("peer", theirs))
+        },
+        "ratio": round(statistics.median(ratios[WARM_UP:]), 2),
         "ratios": [round(ratio, 2) for ratio in ratios],
-        "losses": {"anabranch": ours.losses, "transformers": theirs.losses},
+        "losses": {"anabranch": ours.losses, "peer": theirs.losses},
         "largest_loss_difference": largest_difference(ours.losses, theirs.losses),
         "largest_norm_difference": largest_difference(ours.norms, theirs.norms),
     }
@@ -290,13 +349,15 @@ def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 
-def show(row: dict[str, Any]) -> None:
-    seconds = row["seconds_per_step"]
-    print(
-        f"peer with {row['peer_micro_batch']:2} rows a forward: {seconds['transformers']:6.2f} s a "
-        f"step, ours {seconds['anabranch']:6.2f} s, {row['ratio']}x; losses differ by at most "
-        f"{row['largest_loss_difference']:.1e}"
+def line(row: dict[str, Any]) -> str:
+    speed = row["tokens_per_second"]
+    text = (
+        f"{row['peer']:22} {speed['peer']:6,} tokens a processor second, ours "
+        f"{speed['anabranch']:6,}: {row['ratio']}x"
     )
+    if (difference := row.get("largest_loss_difference")) is not None:
+        text += f"; losses differ by at most {difference:.1e}"
+    return text
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ class Server:
 
 @contextlib.contextmanager
 def running(*options: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "anabranch", "up", "--port", "0", *options]
+    state = tempfile.TemporaryDirectory()
+    command = [sys.executable, "-m", "anabranch", "up", "--port", "0", "--state", state.name]
+    command += options
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -61,6 +64,7 @@ def running(*options: str) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait()
+        state.cleanup()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import schemathesis
@@ -15,11 +19,24 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from anabranch.api import create_app
+from anabranch.api import ServerOptions, create_app
+from anabranch.api.fine_tuning.schemas import FineTuningRequest
+from anabranch.jobs import Workspace
 
 from .conftest import EchoModel
+from .fake_trainer import TrainingModel
 
-schema = schemathesis.openapi.from_asgi("/openapi.json", create_app([EchoModel()]))
+# Jobs are queued, and none is ever run: the app's lifespan is not.
+folder = tempfile.TemporaryDirectory()
+workspace = Workspace.open(Path(folder.name), max_file_bytes=1_000_000)
+models = [EchoModel(), TrainingModel()]
+app = create_app(models, ServerOptions(workspace=workspace))
+schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+
+ROW = json.dumps({"prompt": "p", "completion": "c"}).encode()
+FILE = workspace.files.save(io.BytesIO(ROW), "rows.jsonl", "fine-tune").id
+BODY = {"model": "base", "training_file": FILE}
+JOB = app.state.service.fine_tuning.create(FineTuningRequest.model_validate(BODY), None).id
 
 CHECKS = [
     not_a_server_error,
@@ -35,8 +52,21 @@ CHECKS = [
 def map_body(context: Any, body: Any) -> Any:
     """Most requests name a model that exists, or the routes would only ever answer 404."""
     if isinstance(body, dict) and isinstance(body.get("model"), str) and len(body["model"]) != 1:
-        body["model"] = "echo"
+        body["model"] = "base" if "training_file" in body else "echo"
+        file = body.get("training_file")
+        if isinstance(file, str) and 3 < len(file) <= 64:
+            body["training_file"] = FILE
     return body
+
+
+@schema.hook
+def map_path_parameters(context: Any, path_parameters: Any) -> Any:
+    """So that it is not always an unknown file or job either."""
+    for name, known in (("file_id", FILE), ("job_id", JOB)):
+        value = (path_parameters or {}).get(name)
+        if isinstance(value, str) and len(value) > 2:
+            path_parameters[name] = known
+    return path_parameters
 
 
 @schema.parametrize()
@@ -53,6 +83,17 @@ def test_document_and_server_agree(case: schemathesis.Case) -> None:
 
 def test_document_names_every_route_and_body() -> None:
     document = create_app([EchoModel()]).openapi()
+    jobs = "/v1/fine_tuning/jobs"
+    assert set(app.openapi()["paths"]) - set(document["paths"]) == {
+        "/v1/files",
+        "/v1/files/{file_id}",
+        "/v1/files/{file_id}/content",
+        jobs,
+        jobs + "/{job_id}",
+        *(f"{jobs}/{{job_id}}/{what}" for what in ("cancel", "pause", "resume")),
+        jobs + "/{job_id}/events",
+        jobs + "/{job_id}/checkpoints",
+    }
     assert set(document["paths"]) == {
         "/v1/models",
         "/v1/models/{model}",

@@ -1,4 +1,4 @@
-"""The verdicts of S03 and S32 on made-up runs: every threshold decides."""
+"""The verdicts of S03 and S32 on made-up runs, and where S03's prefix starts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from anabranch.claims.s03_llm_adapters import judge
+from anabranch import adapters
+from anabranch.claims.s03_llm_adapters import judge, start_from_text
 from anabranch.claims.s32_peft_survey import METHODS, verdict
-from anabranch.evaluation.adapter_comparison import FULL, Comparison, Row
+from anabranch.evaluation.adapter_comparison import FULL, Comparison, Problem, Row
+from anabranch.training.example import Example, Item
+from tests import tiny
 
 
 def row(method: str, **figures: Any) -> Row:
@@ -86,3 +90,14 @@ def test_s32_falls_short_if_a_method_could_not_run() -> None:
         found.budget, [r for r in found.rows if r.method != "dora"], {"dora": "no setting"}
     )
     assert not verdict(missing, (0,), 50_000).holds
+
+
+@torch.no_grad()
+def test_s03s_prefix_starts_as_if_the_text_stood_in_front() -> None:
+    items: list[Item] = [(Example([*range(i, i + 5)], [False] + [True] * 4),) for i in (3, 40, 80)]
+    text, question = [*items[0][0].tokens, *items[1][0].tokens][:8], [7, 9, 200]
+    base = tiny.llama()
+    expected = base(torch.tensor([text + question])).logits[:, len(text) :]
+    model = adapters.build("prefix_tuning", tiny.llama(), num_virtual_tokens=len(text))
+    start_from_text(Problem(items, items, items))(model.eval())
+    torch.testing.assert_close(model(torch.tensor([question])).logits, expected)

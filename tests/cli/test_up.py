@@ -61,6 +61,7 @@ def test_up_serves_announces_and_drains(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# team\nsecret\n")
     environment = {**os.environ, "ANABRANCH_KV_MEMORY": "2MiB", "ANABRANCH_PORT": "0"}
+    environment["ANABRANCH_STATE"] = str(tmp_path / "state")
     arguments = ["up", "--model", "m", "--name", "echo", "--api-key-file", str(keys)]
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments, "--max-queue", "7", "--no-prefix-reuse"],
@@ -92,6 +93,7 @@ def test_up_serves_announces_and_drains(tmp_path: Path) -> None:
         assert "('prefix_reuse', False)" in stderr
         assert "('token_budget', None)" in stderr
         assert "Traceback" not in stderr
+        assert (tmp_path / "state" / "jobs.sqlite").exists()
     finally:
         process.kill()
 

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from anabranch.planning.cost import REFIT_EVERY, WINDOW, CostModel, _non_negative
+from anabranch.planning.cost import (
+    FIRST_FIT,
+    MOST_SURPRISES,
+    REFIT_EVERY,
+    WINDOW,
+    CostModel,
+    _non_negative,
+)
 
 MACHINE = (8e-3, 3.5e-4, 2e-7)
 coefficients = st.one_of(st.just(0.0), st.floats(1e-6, 1.0))
@@ -103,10 +110,20 @@ class TestFit:
 
     def test_starts_without_a_prediction(self) -> None:
         model = CostModel()
-        run(model, REFIT_EVERY - 1)
+        run(model, FIRST_FIT - 1)
         assert not model.fitted
         run(model, 1)
         assert model.fitted
+
+    def test_steps_unlike_the_fitted_ones_are_learned_at_once(self) -> None:
+        """Steps of one size say nothing about those of another."""
+        model = CostModel()
+        for _ in range(WINDOW):
+            model.observe(100, 0, seconds_of(MACHINE, 100, 0))
+        model.fixed, model.per_token = 0.0, seconds_of(MACHINE, 100, 0) / 100
+        assert error(model, MACHINE) > 0.5
+        run(model, MOST_SURPRISES + 3)
+        assert error(model, MACHINE) < 0.05
 
 
 class TestInverse:

@@ -12,6 +12,7 @@ from anabranch.errors import ConfigurationError
 from anabranch.training.errors import DataError
 from anabranch.training.example import Example
 from anabranch.training.task import Message, Rendered
+from anabranch.training.tasks.chat import Chat
 from anabranch.training.template import Template
 from tests.training.tiny_base import END, START, encode, tokenizer
 
@@ -68,6 +69,27 @@ def test_masks_hold_for_any_text(turns: list[tuple[str, str]]) -> None:
     assert trained_texts(made) == [[*encode(a), END] for _, a in turns]
     prompt = Template("chat", tokenizer()).prompt(messages[:1])
     assert made.tokens[: len(prompt)] == prompt  # what a server computes for the question
+
+
+def test_turns_of_weight_0_are_read_and_not_learned() -> None:
+    turns: list[dict[str, object]] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "bad", "weight": 0},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "good", "weight": 1},
+        {"role": "developer", "content": "c"},
+        {"role": "assistant", "content": "fine"},
+    ]
+    (rendered,) = Chat().render({"messages": turns})
+    assert [message["role"] for message in rendered.messages][4] == "system"
+    made = Template("chat", tokenizer()).example(rendered)
+    whole = Template("chat", tokenizer()).example(Rendered(rendered.messages))
+    assert made.tokens == whole.tokens
+    assert trained_texts(made) == [[*encode("good"), END], [*encode("fine"), END]]
+    for weight in (0.5, "0", 2):
+        turns[1]["weight"] = weight
+        with pytest.raises(DataError, match=r"messages\[1\] has the weight"):
+            Chat().render({"messages": turns})
 
 
 def test_alpaca_by_hand() -> None:

@@ -46,8 +46,8 @@ def _visible(text: str) -> list[str]:
     return [c for piece, _ in pre.pre_tokenize_str(text) for c in piece]
 
 
-def write_base(folder: Path, layers: int = 2, seed: int = 3) -> Path:
-    """A folder that ``base:`` can name."""
+def write_base(folder: Path, layers: int = 2, seed: int = 3, spread: float = 0.02) -> Path:
+    """A folder that ``base:`` can name. ``spread`` is the deviation of its random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=32,
@@ -57,6 +57,7 @@ def write_base(folder: Path, layers: int = 2, seed: int = 3) -> Path:
         num_key_value_heads=2,
         vocab_size=BYTES + 3,
         max_position_embeddings=512,
+        initializer_range=spread,
         bos_token_id=None,
         eos_token_id=END,
         pad_token_id=PAD,

@@ -52,6 +52,8 @@ def attach(model: nn.Module, config: Any, adapter: str, name: str) -> PeftModel:
     with unchanged_on_error(model), warnings.catch_warnings():
         # An adapter may be called like its method.
         warnings.filterwarnings("ignore", message="Adapter name '.*' should not be contained")
+        # PEFT 0.21 asks transformers 5.23 by the attribute's former name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         try:
             if isinstance(model, PeftModel):
                 model.add_adapter(adapter, config)

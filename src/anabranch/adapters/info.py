@@ -12,9 +12,10 @@ from peft import PeftConfig
 Family = Literal["additive", "selective", "reparameterised", "hybrid"]
 """The survey's four (Han et al. 2024, section 3)."""
 
-Engine = Literal["batched", "grouped", "no"]
-"""How requests with different adapters share a step of the serving engine: ``batched`` as low-rank
-products gathered per token, ``grouped`` layer by layer and adapter by adapter, or not at all."""
+Engine = Literal["batched", "own branch", "no"]
+"""How the serving engine runs it. ``batched``: rows of any number of such adapters are computed
+together (fused runner). ``own branch``: PEFT's modules around the same weights, the rows of one
+adapter at a time (transformers runner). ``no``: it cannot be served."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class MethodInfo:
     """Whether a model can hold several trainable adapters of the method by name."""
     mixed_batch: bool = False
     """Whether the rows of one batch may name different adapters (``adapter_names=[...]``)."""
-    engine: Engine = "grouped"
+    engine: Engine = "own branch"
     conv1d: bool = True
     """Whether it adapts GPT-2's linear modules, which store their weight transposed."""
     on_meta: bool = True

@@ -411,7 +411,7 @@ def _row(
     paper: str,
     *,
     type_: str | None = None,
-    engine: Engine = "grouped",
+    engine: Engine = "own branch",
     source: Literal["peft"] = "peft",
     **facts: Any,
 ) -> MethodInfo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
@@ -16,7 +16,15 @@ from anabranch import __version__
 from anabranch.api import openapi
 from anabranch.api.errors import handle_anabranch_error, handle_http_exception
 from anabranch.api.middleware import ApiKeys, BodyLimit, RefuseWhileDraining, RequestContext
-from anabranch.api.routes import chat, completions, embeddings, models, operations
+from anabranch.api.routes import (
+    chat,
+    completions,
+    embeddings,
+    files,
+    fine_tuning,
+    models,
+    operations,
+)
 from anabranch.api.service import ServerOptions, Service
 from anabranch.api.streaming import ClientGone
 from anabranch.errors import AnabranchError
@@ -43,7 +51,7 @@ def create_app(models_: Sequence[Model], options: ServerOptions | None = None) -
             Middleware(RequestContext, service=service),
             Middleware(ApiKeys, keys=options.api_keys),
             Middleware(RefuseWhileDraining, service=service),
-            Middleware(BodyLimit, max_bytes=options.max_body_bytes),
+            Middleware(BodyLimit, max_bytes=options.max_body_bytes, uploads=_uploads(options)),
         ],
         exception_handlers={
             AnabranchError: handle_anabranch_error,
@@ -55,14 +63,28 @@ def create_app(models_: Sequence[Model], options: ServerOptions | None = None) -
     app.state.service = service
     for module in (models, chat, completions, embeddings, operations):
         app.include_router(module.router)
+    if service.fine_tuning is not None:
+        app.include_router(files.router)
+        app.include_router(fine_tuning.router)
     openapi.install(app, has_keys=bool(options.api_keys))
     return app
+
+
+def _uploads(options: ServerOptions) -> Mapping[str, int]:
+    if options.workspace is None:
+        return {}
+    # The form around the file has a few hundred bytes; what is too much for the file it says.
+    return {files.PATH: options.workspace.files.max_bytes + 2 * 1024 * 1024}
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     async with AsyncExitStack() as stack:
+        jobs = service.fine_tuning
+        if jobs is not None:
+            # Called last: what the models reported while they closed is written too.
+            stack.push_async_callback(asyncio.to_thread, jobs.runner.stop)
         for model in service.models.values():
             stack.push_async_callback(model.close)
             try:
@@ -70,6 +92,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             except BaseException as error:
                 service.startup_error = error
                 raise
+        if jobs is not None:
+            await jobs.start()
+            stack.callback(jobs.runner.close)
         sampler = asyncio.create_task(_sample(service))
         stack.callback(sampler.cancel)
         yield

@@ -21,6 +21,11 @@ RATE_WINDOW_SECONDS = 10.0
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
 _FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 120)
 _REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_RATES = {
+    "generated_tokens": ("tokens_per_second", "Generated tokens"),
+    "finetune_tokens": ("finetune_tokens_per_second", "Tokens trained through"),
+}
+"""Total -> the gauge that says how fast it grows, and what it counts."""
 _LENGTHS = tuple(2**i for i in range(18))
 
 
@@ -30,7 +35,10 @@ class Metrics:
     def __init__(self, models: Sequence[Model]) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self._models = models
-        self._rates = {model.name: SlidingRate(RATE_WINDOW_SECONDS) for model in models}
+        self._rates = {
+            model.name: {name: SlidingRate(RATE_WINDOW_SECONDS) for name in _RATES}
+            for model in models
+        }
         self.registry.register(_ModelCollector(self))
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -69,15 +77,17 @@ class Metrics:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
 
-    def sample(self) -> dict[str, tuple[ModelStatistics, float]]:
-        """Each model's statistics and its tokens per second; called about once a second."""
+    def sample(self) -> dict[str, tuple[ModelStatistics, dict[str, float]]]:
+        """Each model's statistics and how fast :data:`_RATES` grow; called about once a second."""
         now = time.monotonic()
         sampled = {}
         for model in self._models:
             statistics = model.statistics()
-            rate = self._rates[model.name]
-            rate.observe(now, statistics.generated_tokens)
-            sampled[model.name] = (statistics, rate.per_second())
+            rates = self._rates[model.name]
+            for name, rate in rates.items():
+                rate.observe(now, getattr(statistics, name))
+            speeds = {name: rate.per_second() for name, rate in rates.items()}
+            sampled[model.name] = (statistics, speeds)
         return sampled
 
     def timer(self, model: str, started: float) -> RequestTimer:
@@ -164,26 +174,28 @@ class _ModelCollector(Collector):
             "waiting_requests": ("Requests that wait for memory or a turn.", "waiting"),
             "running_requests": ("Requests that are in the batch.", "running"),
             "cache_usage_ratio": ("Share of the key-value cache in use, 0 to 1.", "cache_usage"),
+            "finetune_jobs": ("Fine-tuning jobs that run.", "finetune_jobs"),
         }
         for name, (text, attribute) in gauges.items():
             gauge = GaugeMetricFamily(f"anabranch_{name}", text, labels=["model"])
             for model, (statistics, _) in sampled.items():
                 gauge.add_metric([model], getattr(statistics, attribute))
             yield gauge
-        speed = GaugeMetricFamily(
-            "anabranch_tokens_per_second",
-            f"Generated tokens per second over {RATE_WINDOW_SECONDS:g} s.",
-            labels=["model"],
-        )
-        for model, (_, rate) in sampled.items():
-            speed.add_metric([model], rate)
-        yield speed
+        for total, (name, what) in _RATES.items():
+            text = f"{what} per second over {RATE_WINDOW_SECONDS:g} s."
+            speed = GaugeMetricFamily(f"anabranch_{name}", text, labels=["model"])
+            for model, (_, speeds) in sampled.items():
+                speed.add_metric([model], speeds[total])
+            yield speed
         counters = {
             "prompt_tokens": ("Prompt tokens.", "prompt_tokens"),
             "cached_prompt_tokens": ("Prompt tokens reused from memory.", "cached_prompt_tokens"),
             "generated_tokens": ("Generated tokens.", "generated_tokens"),
             "preemptions": ("Requests set back for want of memory.", "preemptions"),
             "steps": ("Batches that the engine computed.", "steps"),
+            "finetune_tokens": ("Tokens that fine-tuning trained through.", "finetune_tokens"),
+            "steps_slo": ("Steps to which the latency target applies.", "slo_steps"),
+            "steps_slo_met": ("Those of them that kept it.", "slo_met"),
         }
         for name, (text, attribute) in counters.items():
             counter = CounterMetricFamily(f"anabranch_{name}", text, labels=["model"])

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from anabranch.api import schemas
+from anabranch.api.fine_tuning.schemas import FineTuningRequest
 from anabranch.api.responses import ErrorResponse
 
 REFERENCE = "#/components/schemas/{model}"
@@ -19,9 +20,10 @@ REFERENCE = "#/components/schemas/{model}"
 _ERRORS = {
     400: "A field has a value that cannot be served; `param` is its path.",
     401: "API keys are set and the request has none of them.",
-    404: "No such model.",
+    404: "No such model, file or job.",
+    409: "The job is in a state, or the name in use, that does not allow it.",
     413: "The body is too large.",
-    415: "The content-type is not application/json.",
+    415: "The content-type is not the one that the route reads.",
     429: "The queue is full; retry after `retry-after` seconds.",
     500: "The request was admitted and failed.",
     503: "The server is shutting down.",
@@ -39,6 +41,28 @@ def request_body(schema: type[BaseModel]) -> dict[str, Any]:
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
     }
+
+
+def upload(schema: type[BaseModel]) -> dict[str, Any]:
+    """The ``openapi_extra`` argument of a route that reads a form with a file."""
+    content = {"multipart/form-data": {"schema": schema.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def query(schema: type[BaseModel], *more: dict[str, Any]) -> dict[str, Any]:
+    """The ``openapi_extra`` argument of a route whose query string is ``schema``."""
+    document = schema.model_json_schema()
+    named = [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": field.pop("description", ""),
+            "schema": field,
+        }
+        for name, field in document["properties"].items()
+    ]
+    return {"parameters": [*named, *more]}
 
 
 def event_stream() -> dict[str, Any]:
@@ -65,6 +89,7 @@ def install(app: FastAPI, has_keys: bool) -> None:
                 schemas.CompletionRequest,
                 schemas.EmbeddingRequest,
                 schemas.AdapterRequest,
+                FineTuningRequest,
             ]
             _, definitions = models_json_schema(
                 [(body, "validation") for body in bodies], ref_template=REFERENCE

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from anabranch.api.fine_tuning import FineTuningService
 from anabranch.api.metrics import Metrics
 from anabranch.errors import ConfigurationError, InvalidRequest, ModelNotFound, did_you_mean
+from anabranch.jobs import Workspace
 from anabranch.models import cache
 from anabranch.models.protocol import Model
 
@@ -20,12 +22,17 @@ class ServerOptions:
     With ``api_keys`` every path except ``/health`` and ``/metrics`` needs one of them as a bearer
     token. ``ping_seconds``: how long a stream may be silent before a comment keeps it alive.
     ``adapters`` is the folder whose subfolders clients may load as adapters.
+
+    ``workspace`` is where uploaded files and fine-tuning jobs are kept; without one the server
+    offers neither. Whoever opened it closes it. At most ``max_finetune_jobs`` train at a time.
     """
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 1024 * 1024
     ping_seconds: float = 15.0
     adapters: Path = field(default_factory=lambda: cache.root() / "adapters")
+    workspace: Workspace | None = None
+    max_finetune_jobs: int = 4
 
 
 class Service:
@@ -39,6 +46,11 @@ class Service:
         if not self.models:
             raise ConfigurationError("a server needs at least one model")
         self.options = options
+        self.fine_tuning = (
+            FineTuningService(options.workspace, models, options.max_finetune_jobs)
+            if options.workspace is not None
+            else None
+        )
         self.metrics = Metrics(list(models))
         self.created = int(time.time())
         self.draining = False

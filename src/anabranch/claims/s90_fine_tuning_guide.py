@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,10 +21,11 @@ import torch
 
 from anabranch import adapters, models
 from anabranch.claims.base import Claim, Measurement
+from anabranch.evaluation.languages import Language, pretrained
+from anabranch.evaluation.tiny_models import tiny_llama
 from anabranch.models.progress import Progress, silent, within
 from anabranch.training.data.generators import generate
-from anabranch.training.evaluation import score_answers
-from anabranch.training.example import Example, Item
+from anabranch.training.example import Item
 from anabranch.training.half import HalfFineTuning
 from anabranch.training.language import LanguageObjective
 from anabranch.training.losses import Loss
@@ -31,16 +33,19 @@ from anabranch.training.losses.causal import Causal
 from anabranch.training.losses.preference import DPO
 from anabranch.training.metrics_log import read_metrics
 from anabranch.training.options import TrainOptions, parse_options
+from anabranch.training.randomness import seed_all
+from anabranch.training.scores import score_answers
 from anabranch.training.tasks.preference import Preference
 from anabranch.training.template import Template
 from anabranch.training.trainer import Trainer
 
 SEEDS = 3
-LETTERS = 26
-SPACE = LETTERS
 ROW = 32
-"""Characters of a row of generated language."""
-PRETRAIN_STEPS, TUNE_STEPS, BATCH = 200, 200, 8
+"""Bytes of a row of generated language."""
+PRETRAIN_STEPS, TUNE_STEPS, BATCH = 300, 200, 8
+RATE, LORA_RATE = 2e-3, 5e-3
+"""The lowest of 1e-3, 2e-3, 3e-3 with which full fine-tuning is within 0.01 nats of its best, on
+seeds 10 and 11, which the claim does not use."""
 HALF_EVERY = 10
 """Steps of one round of half fine-tuning."""
 
@@ -86,7 +91,7 @@ class FineTuningGuide(Claim):
             figures={
                 "hft_gap_closed_over_full": round(closure, 3),
                 "hft_forgetting_over_full": round(forgotten, 3),
-                "nats_per_letter_by_method": {
+                "nats_a_byte_by_method": {
                     method: {
                         "gap_closed_on_b": round(closed[method], 4),
                         "rise_on_a": round(risen[method], 4),
@@ -103,10 +108,11 @@ class FineTuningGuide(Claim):
             },
             holds=all(parts.values()),
             seeds=seeds,
-            note=f"Part (a) pretrains for {PRETRAIN_STEPS} steps of batch {BATCH}. HFT learns B "
-            "later than full fine-tuning: in trials with seeds 0 to 2 it had closed 0.89 of full's "
-            "gap after 60 steps and 0.96 after 120. An untrained model ranks half of the pairs "
-            "right by chance.",
+            note=f"Part (a): {PRETRAIN_STEPS} steps on A, {TUNE_STEPS} on B at a rate of {RATE:g} "
+            "for full and half fine-tuning alike. In a first version, on a base pretrained for 200 "
+            "steps of half the rows and at a rate of 1e-3 that nobody had chosen, HFT closed 0.885 "
+            "of full's gap and fell short. An untrained model ranks half of the pairs right by "
+            "chance.",
         )
 
 
@@ -114,72 +120,31 @@ class FineTuningGuide(Claim):
 
 
 def forget(seed: int, progress: Progress) -> dict[str, dict[str, float]]:
-    """Learn language A, then B by each method: gap closed on B and rise on A, nats per letter."""
-    language_a, language_b = Language(2 * seed), Language(2 * seed + 1)
-    base = small_llama(seed)
+    """Learn language A, then B by each method: gap closed on B and rise on A, nats a byte."""
+    languages = {"a": Language(2 * seed), "b": Language(2 * seed + 1)}
     progress(f"seed {seed}: learning language A", 0.0)
+    base = pretrained(languages["a"], steps=PRETRAIN_STEPS, length=ROW, seed=seed)
     base.requires_grad_(True)
-    train(base, language_a.rows(400, seed), Causal(), PRETRAIN_STEPS, BATCH, 3e-3, seed)
-    tests = {"a": language_a.rows(48, seed + 1000), "b": language_b.rows(48, seed + 1000)}
-    before = {name: nll(base, rows) for name, rows in tests.items()}
-    rows = language_b.rows(400, seed)
+    held_out = {n: language.items(48, ROW, seed + 1000) for n, language in languages.items()}
+    before = {name: nll(base, rows) for name, rows in held_out.items()}
+    rows = languages["b"].items(400, ROW, seed)
     figures = {}
     for number, method in enumerate(("full", "hft", "lora")):
         progress(f"seed {seed}: learning language B by {method}", 0.4 + 0.2 * number)
         model: Any = copy.deepcopy(base)
         hooks = [HalfFineTuning(seed, every=HALF_EVERY)] if method == "hft" else []
-        lr = 1e-3
+        lr = RATE
         if method == "lora":
+            seed_all(seed)
             model = adapters.build("lora", model, r=8, lora_alpha=16)
-            lr = 5e-3
+            lr = LORA_RATE
         train(model, rows, Causal(), TUNE_STEPS, BATCH, lr, seed, hooks=hooks)
-        after = {name: nll(model, held_out) for name, held_out in tests.items()}
+        after = {name: nll(model, items) for name, items in held_out.items()}
         figures[method] = {
             "b_gap_closed": before["b"] - after["b"],
             "a_rise": after["a"] - before["a"],
         }
     return figures
-
-
-class Language:
-    """Words of random letters in a random order of their own: a Markov chain over 40 words."""
-
-    def __init__(self, seed: int) -> None:
-        generator = np.random.default_rng(seed)
-        lengths = generator.integers(2, 6, 40)
-        self._words = [generator.integers(0, LETTERS, n).tolist() for n in lengths]
-        self._next = generator.dirichlet(np.full(40, 0.1), 40)
-
-    def rows(self, count: int, seed: int) -> list[Item]:
-        """Rows of ``ROW`` letters, all but the first trained on."""
-        generator = np.random.default_rng(seed)
-        letters: list[int] = []
-        word = 0
-        while len(letters) < count * ROW:
-            word = int(generator.choice(40, p=self._next[word]))
-            letters += [*self._words[word], SPACE]
-        trained = [False] + [True] * (ROW - 1)
-        return [(Example(letters[i * ROW : (i + 1) * ROW], trained),) for i in range(count)]
-
-
-def small_llama(seed: int) -> Any:
-    """Four layers of width 128 over letters, random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=LETTERS + 1,
-            hidden_size=128,
-            intermediate_size=344,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
 
 
 # (b) Preference training
@@ -199,7 +164,7 @@ def prefer(seed: int, progress: Progress) -> dict[str, dict[str, float]]:
     )
     for number, (name, loss, rows, lr) in enumerate(sides):
         progress(f"preference pairs: {name}", 0.1 + 0.5 * number)
-        torch.manual_seed(seed)
+        seed_all(seed)
         model = adapters.build("lora", base.network, r=8, lora_alpha=16)
         train(model, rows, loss, DPO_STEPS, DPO_BATCH, lr, seed)
         scores, _ = score_answers(model, held_out)
@@ -229,7 +194,7 @@ def margins(base: Sequence[Sequence[float]], tuned: Sequence[Sequence[float]]) -
 def crash(seed: int, progress: Progress) -> tuple[bool, list[int]]:
     """Kill a run three times, let it finish, and compare with one that nobody killed."""
     generator = np.random.default_rng(seed)
-    with TemporaryDirectory() as name:
+    with TemporaryDirectory() as name, one_thread():
         folder = Path(name)
         progress("crash test: the undisturbed run", 0.0)
         tune_small(seed, folder / "whole")
@@ -247,16 +212,35 @@ def crash(seed: int, progress: Progress) -> tuple[bool, list[int]]:
 
 def tune_small(seed: int, folder: Path) -> None:
     """A run with dropout, accumulation and a checkpoint every five steps."""
-    torch.set_num_threads(1)
-    model = adapters.build("lora", small_llama(seed), r=8, lora_dropout=0.1)
-    rows = Language(seed).rows(40, seed)
+    base = tiny_llama(layers=4, width=128, seed=seed)
+    seed_all(seed)
+    model = adapters.build("lora", base, r=8, lora_dropout=0.1)
+    rows = Language(seed).items(40, ROW, seed)
     train(model, rows, Causal(), CRASH_STEPS, 6, 1e-3, seed, folder, micro_batch_tokens=64)
     torch.save({k: p for k, p in model.state_dict().items() if "lora" in k}, folder / "weights.pt")
 
 
+def tune_small_on_one_thread(seed: int, folder: Path) -> None:
+    """The same in a process of its own."""
+    with one_thread():
+        tune_small(seed, folder)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums are rounded alike only if they are cut alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run_and_kill(seed: int, folder: Path, step: int) -> int:
     """Start the run in another process and kill it once it has logged ``step``."""
-    process = multiprocessing.get_context("spawn").Process(target=tune_small, args=(seed, folder))
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=tune_small_on_one_thread, args=(seed, folder))
     process.start()
     log = folder / "metrics.jsonl"
     reached = 0
@@ -300,7 +284,7 @@ def train(
 
 
 def nll(model: Any, items: list[Item]) -> float:
-    """Negative log-likelihood per letter, in nats."""
+    """Negative log-likelihood a byte, in nats."""
     sums, counts = score_answers(model, items)
     return sum(map(sum, sums)) / sum(map(sum, counts))
 

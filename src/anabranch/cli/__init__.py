@@ -11,7 +11,19 @@ import typer
 from typer.core import TyperGroup
 
 from anabranch import __version__
-from anabranch.cli import adapters, bench, chat, claims, finetune, label, models, registry, serve
+from anabranch.cli import (
+    adapters,
+    bench,
+    chat,
+    claims,
+    finetune,
+    graph,
+    label,
+    models,
+    registry,
+    serve,
+    top,
+)
 from anabranch.cli.output import show_error
 from anabranch.errors import AnabranchError
 
@@ -42,11 +54,13 @@ app = typer.Typer(
 )
 app.command("up")(serve.up)
 app.command("chat")(chat.chat)
+app.command("top")(top.top)
 app.command("finetune")(finetune.finetune)
 app.add_typer(models.app, name="models")
 app.command("list")(registry.list_)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(label.app, name="label")
+app.add_typer(graph.app, name="graph")
 app.add_typer(claims.app, name="claims")
 app.add_typer(bench.app, name="bench")
 

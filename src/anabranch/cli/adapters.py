@@ -28,7 +28,7 @@ def list_(json: Json = False) -> None:
     if json:
         print_json([facts(info) for info in entries])
         return
-    line = "  {:<24}{:<11}{:<8}{:<9}{}".format
+    line = "  {:<24}{:<11}{:<8}{:<12}{}".format
     out.print(line("method", "source", "merges", "engine", "summary"), style="dim")
     kind = ("", "")
     for info in entries:

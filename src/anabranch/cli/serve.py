@@ -118,6 +118,40 @@ def up(
             envvar=_env("adapters"), help="Folder whose adapters clients may load by name."
         ),
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(envvar=_env("state"), help="Folder for uploaded files and fine-tuning jobs."),
+    ] = None,
+    jobs_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("jobs_url"),
+            help="Database for jobs, as an SQLAlchemy URL; SQLite in the state folder if absent.",
+        ),
+    ] = None,
+    tpot_slo_ms: Annotated[
+        float | None,
+        typer.Option(
+            envvar=_env("tpot_slo_ms"),
+            min=0.1,
+            help="Milliseconds between two tokens of a stream that prompts and fine-tuning must "
+            "leave; without it fine-tuning slows streams down by a quarter.",
+        ),
+    ] = None,
+    finetune_tokens: Annotated[
+        int,
+        typer.Option(
+            envvar=_env("finetune_tokens"),
+            min=0,
+            help="Cache for sequences that are trained on, and the longest of them.",
+        ),
+    ] = 4096,
+    max_finetune_jobs: Annotated[
+        int,
+        typer.Option(
+            envvar=_env("max_finetune_jobs"), min=1, help="Jobs that train at a time; others wait."
+        ),
+    ] = 4,
     embedding_model: Annotated[
         str | None,
         typer.Option(envvar=_env("embedding_model"), help="A sentence encoder to serve as well."),
@@ -142,13 +176,17 @@ def up(
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     # What can be wrong cheaply is found before the model is loaded.
     from anabranch.api import ServerOptions, bind, create_app, read_api_keys, serve
+    from anabranch.jobs import Workspace
+    from anabranch.models import cache
 
     keys = read_api_keys(api_key_file) if api_key_file else ()
-    server_options = ServerOptions(api_keys=keys)
+    server_options = ServerOptions(api_keys=keys, max_finetune_jobs=max_finetune_jobs)
     if adapters is not None:
         server_options = replace(server_options, adapters=adapters)
     folders = [_named_folder(text, server_options.adapters) for text in adapter or ()]
     listener = bind(host, port)
+    workspace = Workspace.open(state or cache.root() / "state", jobs_url)
+    server_options = replace(server_options, workspace=workspace)
     with progress() as report:
         report("importing torch", None)
         # Idle threads of torch soon sleep instead of spinning: the event loop needs a core too.
@@ -174,6 +212,8 @@ def up(
             runner=runner,
             weights=cast("WeightFormat", weights),
             kv_cache=cast("CacheFormat", kv_cache),
+            time_between_tokens=None if tpot_slo_ms is None else tpot_slo_ms / 1e3,
+            finetune_tokens=finetune_tokens,
         )
         base = EngineModel.load(
             model, served_name=name, options=options, dtype=dtype, progress=report
@@ -190,7 +230,10 @@ def up(
     def on_listening(url: str) -> None:
         announce(served, url, needs_key=bool(keys))
 
-    status = serve(app, listener, drain_timeout=drain_timeout, on_listening=on_listening)
+    try:
+        status = serve(app, listener, drain_timeout=drain_timeout, on_listening=on_listening)
+    finally:
+        workspace.close()
     raise typer.Exit(status)
 
 

@@ -165,11 +165,12 @@ def adapt(
     before: Before,
     lr: float | None = None,
     brief: bool = False,
+    prepare: Callable[[Any], None] | None = None,
 ) -> Row:
     """Train one method on a copy of the base, and measure it.
 
     ``before`` is what :func:`measure_base` gives. ``lr`` None is that of the method's kind.
-    ``brief`` leaves out how fast it runs.
+    ``brief`` leaves out how fast it runs. ``prepare`` gives the new adapter another start.
     """
     seed_all(seed)
     network = copy.deepcopy(base)
@@ -178,6 +179,8 @@ def adapt(
         if name == FULL
         else adapters.build(name, network, **dict(options))
     )
+    if prepare is not None:
+        prepare(model)
     train = _options(problem, (learning_rate(name) if lr is None else lr) * problem.lr_scale, seed)
     objective = LanguageObjective.from_options(Causal(), train)
     memory = _Memory()

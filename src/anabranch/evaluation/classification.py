@@ -16,7 +16,7 @@ import numpy as np
 
 from anabranch.errors import MissingExtra
 from anabranch.training.errors import DataError
-from anabranch.training.evaluation_statistics import Interval, difference_of_scores, mcnemar
+from anabranch.training.score_statistics import Interval, difference_of_scores, mcnemar
 
 NOT_PRESENT = "not present"
 UNREAD = "(unread)"

@@ -139,6 +139,14 @@ class ModelStatistics:
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    finetune_tokens: int = 0
+    """Tokens that fine-tuning jobs trained through, forward and backward."""
+    finetune_jobs: int = 0
+    """Fine-tuning jobs that the engine holds and that are not paused."""
+    slo_steps: int = 0
+    """Steps with a token of a running stream, for which there is a latency target."""
+    slo_met: int = 0
+    """Those of them that kept the target."""
 
 
 Message = Mapping[str, Any]

@@ -20,7 +20,13 @@ import numpy as np
 
 CORRECTION_RATE = 0.1
 """Weight of the newest observation in the online correction."""
+FIRST_FIT = 8
 REFIT_EVERY = 32
+OUTLIER = 4.0
+SURPRISE = 1.5
+"""A step this many times slower or faster than predicted."""
+MOST_SURPRISES = 4
+"""After so many, the fit is of steps unlike those that come, and is made anew."""
 WINDOW = 512
 
 
@@ -37,6 +43,7 @@ class CostModel:
         default_factory=lambda: deque(maxlen=WINDOW), repr=False
     )
     _unfitted: int = field(default=0, repr=False)
+    _surprises: int = field(default=0, repr=False)
 
     @property
     def fitted(self) -> bool:
@@ -68,10 +75,14 @@ class CostModel:
         """Learn from a step that ran. A clock that did not move teaches nothing."""
         if seconds <= 0:
             return
+        predicted = self.predict(tokens, context)
+        if predicted and not 1 / SURPRISE < seconds / predicted < SURPRISE:
+            self._surprises += 1
         self._follow(tokens, context, seconds)
         self.record(tokens, context, seconds)
         self._unfitted += 1
-        if self._unfitted >= REFIT_EVERY:
+        first = not self.fitted and len(self._observed) >= FIRST_FIT
+        if first or self._unfitted >= REFIT_EVERY or self._surprises >= MOST_SURPRISES:
             self.fit()
             # The fit knows the whole window, but the machine may have changed within it.
             for step in self.observations[-REFIT_EVERY:]:
@@ -91,13 +102,20 @@ class CostModel:
         if len(self._observed) < 3:
             return
         rows = np.array(self._observed, dtype=float)
-        seconds = rows[:, 2]
         features = np.column_stack([np.ones(len(rows)), rows[:, 0], rows[:, 1]])
+        if self.fitted and self._surprises < MOST_SURPRISES:
+            # A step that the system stalled says nothing; many such steps say that all is new.
+            known = (self.fixed, self.per_token, self.per_context)
+            ratio = rows[:, 2] / (features @ known * self.correction)
+            usual = (ratio > 1 / OUTLIER) & (ratio < OUTLIER)
+            if usual.mean() > 0.75:
+                rows, features = rows[usual], features[usual]
+        seconds = rows[:, 2]
         self.fixed, self.per_token, self.per_context = _non_negative(
             features / seconds[:, None], np.ones(len(rows))
         )
         self.correction = 1.0
-        self._unfitted = 0
+        self._unfitted = self._surprises = 0
 
     def _follow(self, tokens: int, context: int, seconds: float) -> None:
         predicted = self.predict(tokens, context)

@@ -7,11 +7,8 @@ from pathlib import Path
 from anabranch import adapters
 from anabranch.errors import ConfigurationError, UnknownName, did_you_mean
 from anabranch.training.data.generators import check_generator
-from anabranch.training.errors import DataError
-from anabranch.training.example import Example
 from anabranch.training.half import HalfFineTuning
 from anabranch.training.hooks import Hook
-from anabranch.training.losses import Loss
 from anabranch.training.plugins import construct, make_loss, make_task
 from anabranch.training.recipe import TEMPLATES, Adapter, Recipe
 from anabranch.training.template import check_jinja
@@ -30,11 +27,10 @@ def check(recipe: Recipe) -> None:
             f"loss: {recipe.loss.name} compares with the frozen base, which adapter: "
             f"{recipe.adapter.method} changes; use an adapter such as lora"
         )
-    pairs = wants_pairs(loss)
     for data in recipe.data:
         task = make_task(data.task)
-        if pairs != (task.texts == 2):
-            wanted = "pairs (task: preference)" if pairs else "single texts"
+        if loss.texts != task.texts:
+            wanted = "pairs (task: preference)" if loss.texts == 2 else "single texts"
             raise ConfigurationError(
                 f"loss: {recipe.loss.name} learns from {wanted}, but data {data.name!r} has "
                 f"task: {data.task.name}"
@@ -53,16 +49,6 @@ def half_fine_tuning(recipe: Recipe) -> list[Hook]:
         return []
     options = {"seed": recipe.seed, **recipe.adapter.options}
     return [construct(HalfFineTuning, options, "adapter")]
-
-
-def wants_pairs(loss: Loss) -> bool:
-    """Whether a loss compares two texts: it then refuses an item of one."""
-    single = (Example([0, 0], [False, True]),)
-    try:
-        loss.denominators([single])
-    except DataError:
-        return True
-    return False
 
 
 def _check_adapter(adapter: Adapter) -> None:

@@ -30,6 +30,7 @@ CONVERSATIONS: tuple[Shape, ...] = (*((column,) for column in LISTS), *PAIRS)
 
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",

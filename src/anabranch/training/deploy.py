@@ -21,6 +21,7 @@ from anabranch.errors import ConfigurationError
 from anabranch.files import sync, sync_tree, write_json, write_text
 from anabranch.models import cache
 from anabranch.models.card import ModelCard
+from anabranch.models.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,8 +90,9 @@ def publish_model(
             return entry.path
         with entry.filling() as folder:
             cast(Any, network).to(dtype=getattr(torch, base.dtype))
-            network.save_pretrained(folder, safe_serialization=True)
-            tokenizer.save_pretrained(folder)
+            with quiet():
+                network.save_pretrained(folder, safe_serialization=True)
+                tokenizer.save_pretrained(folder)
             _describe(folder, card, monitor)
             write_json(folder / "run.json", dict(facts))
             described = model_facts.folder_card(check_folder(folder), name, provenance)

@@ -30,11 +30,11 @@ from anabranch.training import deploy
 from anabranch.training.checks import ALL_WEIGHTS, check
 from anabranch.training.data import prepare
 from anabranch.training.environment import environment
-from anabranch.training.evaluation import Scores, compare, regression
 from anabranch.training.example import Item
 from anabranch.training.recipe import Recipe
 from anabranch.training.report import write_report
 from anabranch.training.run_record import RunRecord, read_json
+from anabranch.training.scores import Scores, compare, regression
 from anabranch.training.setup import Setup, load_base
 from anabranch.training.trainer import Trainer
 

@@ -14,16 +14,17 @@ import torch
 from anabranch import adapters, models
 from anabranch.models.loading import LoadedModel
 from anabranch.models.progress import Progress, silent
+from anabranch.models.quiet import quiet
 from anabranch.training.checks import ALL_WEIGHTS, half_fine_tuning
 from anabranch.training.data import Prepared, PreparedRow
 from anabranch.training.errors import DataError
-from anabranch.training.evaluation import Scores, evaluate
 from anabranch.training.example import Item
 from anabranch.training.forward import base_only
 from anabranch.training.language import LanguageObjective
 from anabranch.training.plugins import make_loss
 from anabranch.training.randomness import seed_all
 from anabranch.training.recipe import Evaluation, Recipe
+from anabranch.training.scores import Scores, evaluate
 from anabranch.training.template import Template
 from anabranch.training.trainer import Trainer
 
@@ -123,8 +124,9 @@ class Setup:
         path = folder / "model"
         if not path.exists():
             draft = folder / ".model.tmp"
-            self.model.save_pretrained(draft, safe_serialization=True)
-            self.base.tokenizer.save_pretrained(draft)
+            with quiet():
+                self.model.save_pretrained(draft, safe_serialization=True)
+                self.base.tokenizer.save_pretrained(draft)
             draft.rename(path)
         return path
 

@@ -24,11 +24,13 @@ Message = dict[str, str]
 class Rendered:
     """One text to learn: a conversation, or plain text.
 
-    The loss counts the assistant turns of ``messages``, or all of ``text``. Exactly one is given.
+    The loss counts the assistant turns of ``messages`` except those whose index is in
+    ``untrained``, or all of ``text``. Exactly one is given.
     """
 
     messages: tuple[Message, ...] = ()
     text: str = ""
+    untrained: frozenset[int] = frozenset()
 
     @property
     def prompt(self) -> tuple[Message, ...]:

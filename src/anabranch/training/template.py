@@ -73,7 +73,7 @@ class Template:
         if not rendered.messages:
             return self._plain(rendered.text, task, source)
         try:
-            pieces = list(self._pieces(rendered.messages))
+            pieces = list(self._pieces(rendered.messages, rendered.untrained))
         except DataError as error:
             raise DataError(f"{source}: {error}" if source else str(error)) from error
         tokens: list[int] = []
@@ -110,8 +110,10 @@ class Template:
             tokens.append(int(eos))
             trained.append(True)
 
-    def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
-        """The conversation's text in pieces, each with whether it is an answer."""
+    def _pieces(
+        self, messages: Sequence[Message], untrained: frozenset[int]
+    ) -> Iterator[tuple[str, bool]]:
+        """The conversation's text in pieces, each with whether it is an answer to learn."""
         done = ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -125,7 +127,7 @@ class Template:
                     f"the whole; use rows with a single answer, or template: alpaca"
                 )
             yield before[len(done) :], False
-            yield after[len(before) :], True
+            yield after[len(before) :], index not in untrained
             done = after
 
     def _render(self, messages: Sequence[Message], answer_next: bool) -> str:

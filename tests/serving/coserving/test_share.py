@@ -31,9 +31,20 @@ def test_a_target_is_met_as_often_as_wanted(noise: float) -> None:
     rng, allowance, late = random.Random(0), Allowance(0.1), 0
     for step in range(6000):
         seconds = allowance.seconds(0.02) * rng.lognormvariate(0, noise)
-        allowance.used(0.02, 0.01, seconds)
+        allowance.used(0.02, max(0.0, seconds - 0.02), seconds)
         late += step >= 1000 and seconds > 0.1
     assert late / 5000 == pytest.approx(1 - ON_TIME, abs=0.01)
+
+
+def test_steps_that_were_late_by_themselves_change_nothing() -> None:
+    allowance = Allowance(0.1)
+    before = allowance.seconds(0.05)
+    for _ in range(1000):
+        allowance.used(0.15, 0.0, 0.15)
+    assert allowance.seconds(0.05) == before
+    for _ in range(1000):
+        allowance.used(0.05, 0.1, 0.15)
+    assert allowance.seconds(0.05) > 0.05  # fine-tuning never gives up for good
 
 
 def test_without_a_target_requests_slow_down_by_a_quarter_on_average() -> None:

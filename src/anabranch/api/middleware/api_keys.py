@@ -13,9 +13,15 @@ from anabranch.api.errors import error_response
 
 OPEN_PATHS = {"/health", "/metrics"}
 
+OWNER = "anabranch.owner"
+"""Where a request's scope has the digest of its key: what a client makes belongs to its key."""
+
 
 class ApiKeys:
-    """Answers 401 unless the request carries one of ``keys``; without keys it lets all pass."""
+    """Answers 401 unless the request carries one of ``keys``; without keys it lets all pass.
+
+    Behind it the scope has the key's SHA-256 digest under :data:`OWNER`.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -28,7 +34,7 @@ class ApiKeys:
             return
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self._knows(token.strip()):
-            await self._app(scope, receive, send)
+            await self._app({**scope, OWNER: _digest(token.strip()).hex()}, receive, send)
             return
         if scheme:
             message = "the API key in the authorization header is not one of this server's"
@@ -40,6 +46,10 @@ class ApiKeys:
 
     def _knows(self, token: str) -> bool:
         # Digests of equal length, all of them compared: the time taken tells nothing.
-        digest = hashlib.sha256(token.encode("latin-1")).digest()
+        digest = _digest(token)
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return any(matches)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("latin-1")).digest()

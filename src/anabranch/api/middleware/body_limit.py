@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -9,20 +11,27 @@ from anabranch.api.errors import BodyTooLarge, error_response
 
 
 class BodyLimit:
-    """413 above ``max_bytes``: at once if the length is announced, else when it is passed."""
+    """413 above ``max_bytes``: at once if the length is announced, else when it is passed.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    ``uploads`` gives paths whose bodies are read piece by piece a limit of their own.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, uploads: Mapping[str, int] | None = None
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._uploads = uploads or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request pass and count its bytes, or answer 413."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = self._uploads.get(scope["path"], self._max_bytes)
         announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdecimal() and int(announced[:20]) > self._max_bytes:
-            message = self._message(f"has {announced[:20]} bytes")
+        if announced.isdecimal() and int(announced[:20]) > limit:
+            message = _message(f"has {announced[:20]} bytes", limit)
             response = error_response(BodyTooLarge.status, message, code=BodyTooLarge.code)
             await response(scope, receive, send)
             return
@@ -32,11 +41,12 @@ class BodyLimit:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise BodyTooLarge(self._message(f"has {received} bytes so far"))
+            if received > limit:
+                raise BodyTooLarge(_message(f"has {received} bytes so far", limit))
             return message
 
         await self._app(scope, limited, send)
 
-    def _message(self, size: str) -> str:
-        return f"the request's body {size}; this server accepts at most {self._max_bytes}"
+
+def _message(size: str, limit: int) -> str:
+    return f"the request's body {size}; this server accepts at most {limit}"

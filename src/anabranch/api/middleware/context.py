@@ -23,9 +23,16 @@ _ENDPOINTS = {
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
+    "/v1/files",
+    "/v1/fine_tuning/jobs",
     "/health",
     "/metrics",
     "/openapi.json",
+}
+_PREFIXES = {
+    "/v1/models/": "/v1/models/{model}",
+    "/v1/files/": "/v1/files/{file}",
+    "/v1/fine_tuning/jobs/": "/v1/fine_tuning/jobs/{job}",
 }
 
 
@@ -82,4 +89,7 @@ def _endpoint(path: str) -> str:
     """A label of bounded variety: clients must not be able to invent new ones."""
     if path in _ENDPOINTS:
         return path
-    return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
+    for prefix, label in _PREFIXES.items():
+        if path.startswith(prefix):
+            return label
+    return "other"

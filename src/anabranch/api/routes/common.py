@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from anabranch.api.middleware.api_keys import OWNER
 from anabranch.api.schemas import Generate
 from anabranch.api.service import Service
 from anabranch.errors import InvalidRequest
@@ -20,6 +21,12 @@ def service_of(request: Request) -> Service:
     """The server's shared state."""
     service: Service = request.app.state.service
     return service
+
+
+def owner_of(request: Request) -> str | None:
+    """Whose files and jobs the request may see: its key's. None without keys: everybody's."""
+    owner: str | None = request.scope.get(OWNER)
+    return owner
 
 
 def sampling_parameters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -50,6 +51,8 @@ async def delete_model(request: Request, model: str) -> Response:
     found = service.model(model)
     base, _, adapter = found.name.rpartition(":")
     await service.models[base].remove_adapter(adapter)
+    if service.fine_tuning is not None:
+        await asyncio.to_thread(service.fine_tuning.forget_model, base, adapter)
     return json_response({"id": found.name, "object": "model", "deleted": True})
 
 

@@ -6,6 +6,7 @@ The engine calls, in this order: :meth:`CoServing.extend` with the inference pla
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -60,8 +61,9 @@ class CoServing:
         self._able: list[tuple[RunningJob, Pass]] = []
         self._owners: dict[Sequence, tuple[RunningJob, Pass]] = {}
         self._windows: dict[RunningJob, int] = {}
-        self._began = self._inference = self._seconds = 0.0
-        self._alone = True
+        self._began = self._seconds = 0.0
+        self._inference: float | None = None
+        self._trained = False  # in this step
 
     def prepare(self, job: FinetuneJob, listener: Listener | None = None) -> RunningJob:
         """Set a job up, on any thread; :meth:`add` lets it begin.
@@ -97,7 +99,6 @@ class CoServing:
         self._began = self._clock()
         self._inference = self._share.step_seconds(plan)
         self._seconds = self._allowance.seconds(self._inference)
-        self._alone = plan is None
         self._owners, self._windows = {}, {}
         if not self.has_work():
             return plan
@@ -129,13 +130,11 @@ class CoServing:
         forward = self._clock() - self._began
         for job, rows in self._windows.items():
             job.spend(forward * rows / num_tokens)
-        idle = self._alone and not self._windows
+        self._trained = bool(self._windows)
         waiting = {job: work for job, work in self._able if not work.done}
         while waiting:
             job = min(waiting, key=lambda each: each.work)  # the furthest behind its share
-            if self._unit(job, waiting[job], must=idle):
-                idle = False
-            else:
+            if not self._unit(job, waiting[job]):
                 del waiting[job]
         for job, _ in self._able:
             job.settle()
@@ -143,17 +142,19 @@ class CoServing:
         fine_tuning = passed - forward * (1 - sum(self._windows.values()) / max(1, num_tokens))
         self.statistics.seconds += fine_tuning
         self._allowance.used(self._inference, fine_tuning, passed)
-        if idle:
+        if self._inference is None and not self._trained:
             time.sleep(WAIT_SECONDS)
 
-    def _unit(self, job: RunningJob, work: Pass, must: bool) -> bool:
-        """Run a head window or a backward unit, if one fits into the step or it must."""
+    def _unit(self, job: RunningJob, work: Pass) -> bool:
+        """Run a head window or a backward unit, if one fits into the step."""
         if job.finished or work.done or work.idle or work.phase == "forward":
             return False
         began = self._clock()
-        rows = self._share.unit_rows(work, self._seconds - (began - self._began))
-        if not rows and must:
-            rows = min(SMALLEST, work.left)
+        passed = began - self._began
+        most = 0.0
+        if not self._trained:
+            most = math.inf if self._inference is None else self._allowance.most(self._inference)
+        rows = self._share.unit_rows(work, self._seconds - passed, most - passed)
         if not rows:
             return False
         phase, left, tokens = work.phase, work.left, work.tokens
@@ -166,6 +167,7 @@ class CoServing:
         self._share.observe(phase, min(rows, left), left, seconds)
         job.spend(seconds)
         self.statistics.units += 1
+        self._trained = True
         self.statistics.tokens += work.tokens - tokens
         return True
 

@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -631,6 +632,29 @@ Tensor attention(Tensor qkv, const Tensor& cosine, const Tensor& sine, Tensor ke
 
 constexpr int64_t COLUMNS = 64;  // input channels of a block: a tile of it fits the nearest cache
 
+// Exchanges the lanes of a and b whose number has bit S set and clear: one square of a transpose.
+template <int S>
+inline void exchange(Words& a, Words& b) {
+  auto pick = [&]<int... L>(std::integer_sequence<int, L...>) {
+    Words first = __builtin_shufflevector(a, b, ((L & S) ? LANES + L - S : L)...);
+    b = __builtin_shufflevector(a, b, ((L & S) ? LANES + L : L + S)...);
+    a = first;
+  };
+  pick(std::make_integer_sequence<int, LANES>{});
+}
+
+// rows[i] lane j becomes rows[j] lane i.
+inline void transpose(Words (&rows)[LANES]) {
+  auto stage = [&]<int S>() {
+    for (int i = 0; i < LANES; i++)
+      if (!(i & S)) exchange<S>(rows[i], rows[i + S]);
+  };
+  stage.template operator()<1>();
+  stage.template operator()<2>();
+  stage.template operator()<4>();
+  stage.template operator()<8>();
+}
+
 // x[R, V * 16] += y[R, outputs] w[outputs, COLUMNS]; y is O wide, x is K wide.
 template <int R, int V>
 inline void add_rows(float* x, int64_t K, const float* y, int64_t O, const float* w,
@@ -688,13 +712,14 @@ Tensor transposed_bfloat16(const Tensor& y, const Tensor& packed) {
   int64_t K = packed.size(1);
   const uint32_t* P = (const uint32_t*)packed.data_ptr<at::BFloat16>();
   return transposed_of(y, K, [&](int64_t tile, int64_t k, int64_t columns, float* to) {
-    uint32_t* words = (uint32_t*)to;
-    for (int64_t c = 0; c < LANES; c++) {
-      const uint32_t* from = P + (tile * K + k) * LANES + c;
-      uint32_t *low = words + c * COLUMNS, *high = low + LANES * COLUMNS;
-      for (int64_t i = 0; i < columns; i++) {
-        low[i] = from[i * LANES] << 16;
-        high[i] = from[i * LANES] & 0xffff0000u;
+    for (int64_t start = 0; start < columns; start += LANES) {
+      Words rows[LANES];  // an input channel each, then two output channels each
+      for (int i = 0; i < LANES; i++)
+        rows[i] = load<Words>(P + (tile * K + k + start + i) * LANES);
+      transpose(rows);
+      for (int c = 0; c < LANES; c++) {
+        store16(to + c * COLUMNS + start, (Floats)(rows[c] << 16));
+        store16(to + (c + LANES) * COLUMNS + start, (Floats)(rows[c] & 0xffff0000u));
       }
     }
   });
@@ -706,13 +731,17 @@ Tensor transposed_int8(const Tensor& y, const Tensor& packed, const Tensor& scal
   const uint8_t* P = packed.data_ptr<uint8_t>();
   const float* S = scale.data_ptr<float>();
   return transposed_of(y, K, [&](int64_t tile, int64_t k, int64_t columns, float* to) {
-    for (int64_t c = 0; c < TILE; c++) {
-      const uint8_t* from = P + (tile * K + k) * TILE + c * 4;
-      uint8_t row[COLUMNS];
-      for (int64_t i = 0; i < columns / 4; i++)
-        __builtin_memcpy(row + i * 4, from + i * TILE * 4, 4);
-      float s = S[tile * TILE + c];
-      for (int64_t i = 0; i < columns; i++) to[c * COLUMNS + i] = (float)((int)row[i] - 128) * s;
+    for (int64_t first = 0; first < TILE; first += LANES) {
+      Words rows[LANES] = {};  // four input channels each, then an output channel each
+      for (int i = 0; i < columns / 4; i++)
+        rows[i] = load<Words>(P + ((tile * K + k) / 4 + i) * TILE * 4 + first * 4);
+      transpose(rows);
+      for (int64_t c = first; c < first + LANES; c++) {
+        uint8_t bytes[COLUMNS];
+        __builtin_memcpy(bytes, &rows[c - first], COLUMNS);
+        float s = S[tile * TILE + c];
+        for (int64_t i = 0; i < COLUMNS; i++) to[c * COLUMNS + i] = (float)((int)bytes[i] - 128) * s;
+      }
     }
   });
 }

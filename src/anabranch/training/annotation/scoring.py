@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigurationError
 from anabranch.training.errors import DataError
-from anabranch.training.evaluation import generate_answers
 from anabranch.training.forward import base_model, evaluating
 from anabranch.training.recipe import Generate
+from anabranch.training.scores import generate_answers
 from anabranch.training.task import Rendered
 from anabranch.training.tasks.classification import ClassificationTask
 from anabranch.training.template import Template

@@ -38,6 +38,8 @@ class Loss(ABC):
 
     name: ClassVar[str]
     needs_reference: bool = False
+    texts: ClassVar[int] = 1
+    """Examples of one item: 2 for a loss over (chosen, rejected) pairs."""
 
     @abstractmethod
     def denominators(self, items: Sequence[Item]) -> Mapping[str, float]:

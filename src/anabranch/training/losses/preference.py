@@ -38,6 +38,7 @@ class DPO(Loss):
 
     name = "dpo"
     needs_reference = True
+    texts = 2
 
     def __init__(
         self, beta: float = 0.1, variant: Variant = "sigmoid", label_smoothing: float = 0.0
@@ -113,6 +114,7 @@ class ORPO(Loss):
     """
 
     name = "orpo"
+    texts = 2
 
     def __init__(self, weight: float = 0.1) -> None:
         if weight < 0:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from anabranch.training.conversation import CONVERSATIONS, conversation
+from anabranch.training.conversation import CONVERSATIONS, LISTS, conversation
 from anabranch.training.errors import DataError
-from anabranch.training.task import Message, Rendered, Row, Task
+from anabranch.training.task import Message, Rendered, Row, Shape, Task
 
 
 class Chat(Task):
@@ -22,8 +22,10 @@ class Chat(Task):
     schema = CONVERSATIONS
 
     def render(self, row: Row) -> tuple[Rendered, ...]:
-        """One conversation, ending with an answer."""
-        return (Rendered(ends_with_answer(conversation(row, self.shape_of(row)))),)
+        """One conversation, ending with an answer. Turns of ``weight`` 0 are not learned."""
+        shape = self.shape_of(row)
+        messages = ends_with_answer(conversation(row, shape))
+        return (Rendered(messages, untrained=without_weight(row, shape)),)
 
     def reference(self, row: Row) -> str:
         """The data's last answer."""
@@ -46,6 +48,17 @@ def ends_with_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
         last = f"is by {messages[-1]['role']!r}" if messages else "does not exist"
         raise DataError(f"the last turn {last}; it must be the assistant's, which is learned")
     return messages
+
+
+def without_weight(row: Row, shape: Shape) -> frozenset[int]:
+    """Indices of the turns that have ``weight`` 0, as OpenAI's files mark them."""
+    if shape[0] not in LISTS:
+        return frozenset()
+    weights = [turn.get("weight", 1) for turn in row[shape[0]]]
+    for index, weight in enumerate(weights):
+        if weight not in (0, 1, None):
+            raise DataError(f"{shape[0]}[{index}] has the weight {weight!r}; it must be 0 or 1")
+    return frozenset(index for index, weight in enumerate(weights) if weight == 0)
 
 
 def token_f1(prediction: str, reference: str) -> float:

@@ -10,12 +10,6 @@ import numpy as np
 import torch
 
 from anabranch.models.progress import Progress, silent
-from anabranch.training.evaluation_statistics import (
-    difference_of_scores,
-    difference_per_token,
-    mcnemar,
-    mean_per_token,
-)
 from anabranch.training.example import Example, Item
 from anabranch.training.forward import evaluating
 from anabranch.training.language import LanguageObjective
@@ -23,6 +17,12 @@ from anabranch.training.losses.base import Loss, TokenScores
 from anabranch.training.objective import LossOutput
 from anabranch.training.packing import Packing
 from anabranch.training.recipe import Generate
+from anabranch.training.score_statistics import (
+    difference_of_scores,
+    difference_per_token,
+    mcnemar,
+    mean_per_token,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

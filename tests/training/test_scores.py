@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM
 
-from anabranch.training.evaluation import generate_answers, score_answers
-from anabranch.training.evaluation_statistics import (
+from anabranch.training.recipe import Generate
+from anabranch.training.score_statistics import (
     difference_of_scores,
     difference_per_token,
     mcnemar,
     mean_per_token,
 )
-from anabranch.training.recipe import Generate
+from anabranch.training.scores import generate_answers, score_answers
 from tests.tiny import llama
 from tests.training import helpers
 from tests.training.tiny_base import END, encode, tokenizer, write_base

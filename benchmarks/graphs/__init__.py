@@ -1,0 +1,1 @@
+"""Time and memory of the graph estimators on large random graphs."""
