@@ -121,9 +121,11 @@ class TestFit:
         for _ in range(WINDOW):
             model.observe(100, 0, seconds_of(MACHINE, 100, 0))
         model.fixed, model.per_token = 0.0, seconds_of(MACHINE, 100, 0) / 100
-        assert error(model, MACHINE) > 0.5
-        run(model, MOST_SURPRISES + 3)
-        assert error(model, MACHINE) < 0.05
+        for tokens in range(1, MOST_SURPRISES + 1):
+            assert model.predict(tokens, 10 * tokens) < 0.5 * seconds_of(MACHINE, tokens, 0)
+            model.observe(tokens, 10 * tokens, seconds_of(MACHINE, tokens, 10 * tokens))
+        assert model.predict(2, 20) == pytest.approx(seconds_of(MACHINE, 2, 20), rel=0.01)
+        assert model.predict(100, 0) == pytest.approx(seconds_of(MACHINE, 100, 0), rel=0.01)
 
 
 class TestInverse:
