@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
@@ -41,10 +42,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(*options: str) -> Iterator[Server]:
-    state = tempfile.TemporaryDirectory()
-    command = [sys.executable, "-m", "anabranch", "up", "--port", "0", "--state", state.name]
-    command += options
+def running(*options: str, state: Path | None = None) -> Iterator[Server]:
+    scratch = tempfile.TemporaryDirectory()
+    command = [sys.executable, "-m", "anabranch", "up", "--port", "0"]
+    command += ["--state", str(state or scratch.name), *options]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -64,7 +65,7 @@ def running(*options: str) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait()
-        state.cleanup()
+        scratch.cleanup()
 
 
 @pytest.fixture(scope="module")

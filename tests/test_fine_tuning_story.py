@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -60,6 +61,50 @@ def test_upload_fine_tune_beside_streams_and_chat_with_the_result() -> None:
             assert (answer.choices[0].message.content == ANSWER) == right
         assert server.metric("finetune_tokens_total") == finished.trained_tokens
         assert server.metric("steps_slo_met_total") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_outlives_a_killed_server(tmp_path: Path) -> None:
+    rows = [
+        json.dumps({"messages": [*question(room), {"role": "assistant", "content": ANSWER}]})
+        for room in range(12)
+    ]
+    options = ("--weights", "int8", "--max-model-len", "512")
+    with running(*options, state=tmp_path) as server:
+        file = server.client.files.create(
+            file=("rooms.jsonl", "\n".join(rows).encode()), purpose="fine-tune"
+        )
+        job = server.client.fine_tuning.jobs.create(
+            model=MODEL,
+            training_file=file.id,
+            suffix="rooms",
+            seed=1,
+            hyperparameters={"n_epochs": 1, "batch_size": 1},
+        )
+        while len(steps(server.client, job.id)) < 4:
+            time.sleep(0.1)
+        server.process.kill()
+    with running(*options, state=tmp_path) as server:
+        before = steps(server.client, job.id)
+        finished = wait(server.client, job.id)
+        assert finished.status == "succeeded", finished.error
+        made = steps(server.client, job.id)
+        assert made[: len(before)] == before and sorted(set(made)) == list(range(1, 13))
+        assert len(made) <= 14  # at most the steps whose checkpoints were being written
+        assert made[len(before)] > 2
+        answer = server.client.chat.completions.create(
+            model=f"{MODEL}:rooms", messages=question(3), max_tokens=4
+        )
+        assert answer.choices[0].message.content
+        rows_of_result = server.client.files.content(finished.result_files[0]).text.splitlines()
+        assert [line.split(",")[0] for line in rows_of_result[1:]] == [str(n) for n in range(1, 13)]
+
+
+def steps(client: openai.OpenAI, job_id: str) -> list[int]:
+    """The optimiser steps that were reported, in order."""
+    events = client.fine_tuning.jobs.list_events(job_id, limit=100).data
+    return [event.data["step"] for event in reversed(events) if event.type == "metrics"]
 
 
 def stream(server: Server, job_id: str) -> tuple[str, int]:
