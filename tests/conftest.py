@@ -6,6 +6,8 @@ import os
 
 # Two test processes, or a server beside a test, must not spin on each other's cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (workers + 1))))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

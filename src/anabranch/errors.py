@@ -100,6 +100,30 @@ class RequestTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class InvalidConstraint(InvalidRequest):
+    """What an answer must look like is not a schema, pattern, grammar or list at all."""
+
+    code = "invalid_constraint"
+
+
+class UnsupportedConstraint(InvalidConstraint):
+    """A keyword or construct that the back-end cannot honour, named with its place."""
+
+    code = "unsupported_constraint"
+
+
+class UnsatisfiableConstraint(InvalidConstraint):
+    """No text at all satisfies it."""
+
+    code = "unsatisfiable_constraint"
+
+
+class ConstraintTooComplex(InvalidConstraint):
+    """Compiling it takes more time or memory than the limits allow."""
+
+    code = "constraint_too_complex"
+
+
 class QueueFull(AnabranchError):
     """More requests wait than the server was told to hold."""
 

@@ -22,11 +22,18 @@ from anabranch.errors import UnknownName
 
 KINDS: dict[str, str] = {
     "adapters": "anabranch.adapters:Tuner",
+    "aggregators": "anabranch.federated.aggregation:Rule",
     "balancers": "anabranch.training.losses:Balancer",
     "claims": "anabranch.claims:Claim",
+    "codecs": "anabranch.federated.codecs:Codec",
+    "constraints": "anabranch.serving.constraints:ConstraintBackend",
+    "controllers": "anabranch.serving.speculation:SpeculationController",
     "losses": "anabranch.training.losses:Loss",
     "policies": "anabranch.serving.policies:Policy",
+    "proposers": "anabranch.serving.speculation:Proposer",
+    "strategies": "anabranch.federated.strategies:Strategy",
     "tasks": "anabranch.training.tasks:Task",
+    "verifiers": "anabranch.serving.speculation:Verifier",
 }
 """Kind -> ``package:BaseClass``. The package (with its modules) is searched for subclasses."""
 

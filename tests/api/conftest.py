@@ -27,6 +27,7 @@ from anabranch.models.protocol import (
     SamplingParameters,
     TokenLogprob,
 )
+from anabranch.models.tools import Tool
 
 CARD = ModelCard(
     name="echo",
@@ -140,7 +141,14 @@ class EchoModel(Model):
             generated_tokens=self.generated,
         )
 
-    async def chat(self, messages: Sequence[Message], sampling: SamplingParameters) -> Generation:
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParameters,
+        *,
+        tools: Sequence[Tool] = (),
+        opening: str = "",
+    ) -> Generation:
         self.messages = list(messages)
         return self._admit("messages", messages[-1]["content"], sampling)
 

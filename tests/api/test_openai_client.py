@@ -85,9 +85,9 @@ def test_errors_are_the_clients_exceptions(client: openai.OpenAI) -> None:
     assert missing.value.param == "model"
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(
-            model="echo", messages=USER, tools=[{"type": "function", "function": {"name": "f"}}]
+            model="echo", messages=USER, functions=[{"name": "f"}], function_call="auto"
         )
-    assert bad.value.param == "tools"
+    assert bad.value.param == "functions"
     with pytest.raises(openai.BadRequestError, match="did you mean 'top_k'"):
         client.chat.completions.create(model="echo", messages=USER, extra_body={"topk": 1})
 

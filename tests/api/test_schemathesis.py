@@ -109,5 +109,5 @@ def test_document_names_every_route_and_body() -> None:
     assert "422" not in chat["responses"]
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
-    assert fields["tools"]["type"] == "null"
+    assert fields["functions"]["type"] == "null"
     assert "no effect" in fields["user"]["description"]

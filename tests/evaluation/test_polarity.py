@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anabranch.evaluation import polarity
+from anabranch.evaluation import package_archive, polarity
 from anabranch.evaluation.labelling import full_assignment, rejection
 from anabranch.evaluation.polarity import (
     DOMAINS,
@@ -72,7 +72,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_without_archive_and_pip_the_message_says_where_to_put_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(polarity.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(package_archive.sys, "executable", "/nowhere/python")
     with pytest.raises(DataError, match=r"put the file at .*vaderSentiment"):
         rated_texts()
 

@@ -193,8 +193,12 @@ def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) 
 
 
 def test_favouring_hubs_is_allowed_with_a_warning() -> None:
+    embedder = FastRP(4, weights=(1,), beta=0.5, density=2, standardize=False, normalize=False)
     with pytest.warns(UserWarning, match="favours hubs"):
-        FastRP(4, beta=0.5).fit(GRAPH)
+        found = embedder.fit_transform(GRAPH)
+    expected = dense_fastrp(GRAPH, 4, (1,), 0.5, 2, False)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(expected).max() > 1e-3
 
 
 def test_no_nodes_one_node_and_fewer_nodes_than_columns() -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from anabranch.models.protocol import SamplingParameters
+from anabranch.serving.sampling import Sampled
 from anabranch.serving.sequence import Request, Sequence
+from anabranch.serving.speculation.verification import Candidate, Rejection, verify
 
 
 def make_sequence(
@@ -23,6 +27,13 @@ def make_sequence(
     prompt = list(prompt)
     request = Request(name, prompt, SamplingParameters(**sampling), pooling)
     return Sequence(request, index, [*prompt, *output], max_tokens)
+
+
+def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled | None]:
+    """What each sequence chooses from its row of logits, without drafts."""
+    candidates = [Candidate(sequence, row) for row, sequence in enumerate(sequences)]
+    verdicts = verify(logits, candidates, Rejection())
+    return [None if verdict is None else verdict.tokens[0] for verdict in verdicts]
 
 
 class Scripted:

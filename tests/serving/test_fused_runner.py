@@ -103,7 +103,7 @@ def rows_of(
 
     def record(plan: StepPlan) -> StepResult:
         result = execute(plan)
-        wanting = [s for s in plan.segments if s.wants_logits]
+        wanting = [s for s in plan.segments if s.num_logits]
         for segment, row in zip(wanting, result.logits, strict=True):
             rows[segment.sequence.request.id, segment.stop] = row.clone()
         return result

@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from anabranch.serving import sampling
-from anabranch.serving.sampling import sample
 from anabranch.serving.sequence import Sequence
-from tests.serving.helpers import Scripted, make_sequence
+from tests.serving.helpers import Scripted, make_sequence, sample
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -39,9 +38,10 @@ def drawn_shares(row: Tensor, points: int, **parameters: Any) -> Tensor:
     Every token owns one interval of uniform numbers, so its count is within 1 of its probability
     times ``points``: the distribution is read off exactly, without randomness.
     """
-    sequence = make_sequence(**parameters)
-    sequence.random = Scripted((i + 0.5) / points for i in range(points))  # type: ignore[assignment]
-    drawn = torch.tensor(tokens_of(row.expand(points, -1), [sequence] * points))
+    sequences = [make_sequence(**parameters) for _ in range(points)]
+    for i, sequence in enumerate(sequences):
+        sequence.random = Scripted([(i + 0.5) / points])  # type: ignore[assignment]
+    drawn = torch.tensor(tokens_of(row.expand(points, -1), sequences))
     return torch.bincount(drawn, minlength=len(row))
 
 
@@ -123,7 +123,9 @@ class TestDistribution:
         sequence = make_sequence(seed=11)
         counts = torch.zeros(5)
         for _ in range(2000):
-            counts[tokens_of(row[None], [sequence])[0]] += 1
+            (token,) = tokens_of(row[None], [sequence])
+            counts[token] += 1
+            sequence.append(token)
         expected = 2000 * row.softmax(-1)
         assert ((counts - expected) ** 2 / expected).sum() < 23.5  # 4 degrees of freedom
 
@@ -321,7 +323,7 @@ class TestPenalties:
             assert token is not None
             assert expected[token] >= ranked[-1] - 1e-5
             assert torch.equal(row, before), "the model's logits were overwritten"
-            sequence.tokens.append(token)
+            sequence.append(token)
 
     def test_change_the_distribution_and_not_only_the_maximum(self) -> None:
         row = distinct_logits(10, seed=2)

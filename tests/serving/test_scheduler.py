@@ -228,7 +228,7 @@ class Simulation:
     def sample(self, plan: StepPlan) -> None:
         chosen: list[Sequence] = []
         for segment in plan.segments:
-            if segment.wants_logits:
+            if segment.num_logits:
                 chosen += self.fork(segment)
         for sequence in chosen:
             sequence.tokens.append(hash((sequence.request.id, sequence.index, len(chosen))) % 2)
@@ -312,7 +312,7 @@ def test_a_stream_goes_on_while_prompts_keep_arriving(policy: type[Policy]) -> N
         assert plan is not None
         for segment in plan.segments:
             scheduler.computed(segment)
-            if segment.wants_logits:
+            if segment.num_logits:
                 segment.sequence.tokens.append(1)
                 if segment.sequence is not stream:
                     scheduler.remove(segment.sequence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from functools import cache
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -75,10 +75,15 @@ def validate(value: Any, schema: type[Body]) -> Body:
 def _message(error: ErrorDetails, path: list[str | int], schema: type[BaseModel]) -> str:
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
-        known = schema.model_fields if len(path) == 1 else set(_nested_fields(schema))
+        known = schema.model_fields if len(path) == 1 else _nested_fields(schema)
         return f"unknown field{did_you_mean(str(path[-1]), known)}"
     if kind == "missing":
         return "is required"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        context = error["ctx"]
+        wanted = context.get("expected_tags") or "given"
+        tag = context.get("tag")
+        return f"must be {wanted}" + (f", not {_short(tag)}" if tag is not None else "")
     if kind == "none_required":
         return "is not supported by this server"
     if kind == "literal_error":
@@ -100,6 +105,8 @@ def _path(error: ErrorDetails, body: Any) -> list[str | int]:
             path.append(part)
     if error["type"] == "missing":
         path.append(error["loc"][-1])
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path.append(error["ctx"]["discriminator"].strip("'"))
     return path
 
 
@@ -108,9 +115,10 @@ def _dotted(path: list[str | int]) -> str:
     return text.removeprefix(".")[:200]
 
 
-def _nested_fields(schema: type[BaseModel]) -> Iterator[str]:
-    for definition in schema.model_json_schema().get("$defs", {}).values():
-        yield from definition.get("properties", ())
+@cache
+def _nested_fields(schema: type[BaseModel]) -> frozenset[str]:
+    definitions = schema.model_json_schema().get("$defs", {}).values()
+    return frozenset(name for each in definitions for name in each.get("properties", ()))
 
 
 def _refuse_surrogates(body: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Protocol
 
@@ -50,23 +51,30 @@ class ChatChunks:
 
     def first(self, choice: int) -> str:
         """The assistant's role."""
-        return self._chunk(choice, '{"role": "assistant", "content": ""}', "null", "null")
+        return self._chunk(choice, '{"role": "assistant", "content": ""}')
 
     def delta(self, choice: int, delta: OutputDelta) -> str:
         """The text, then a chunk of its own for the finish reason, as clients expect it."""
         text = ""
         if delta.text or delta.logprobs:
-            logprobs = json.dumps(chat_logprobs(delta.logprobs)) if delta.logprobs else "null"
-            content = f'{{"content": {quote(delta.text)}}}'
-            text = self._chunk(choice, content, logprobs, "null")
+            text = self._chunk(choice, f'{{"content": {quote(delta.text)}}}', delta.logprobs)
         if delta.finish_reason is not None:
-            text += self._chunk(choice, "{}", "null", f'"{delta.finish_reason}"')
+            text += self._chunk(choice, "{}", reason=delta.finish_reason)
         return text
 
-    def _chunk(self, choice: int, content: str, logprobs: str, reason: str) -> str:
+    def _chunk(
+        self,
+        choice: int,
+        delta: str,
+        tokens: Sequence[TokenLogprob] = (),
+        reason: str | None = None,
+    ) -> str:
+        """One event; ``delta`` is JSON text."""
+        logprobs = json.dumps(chat_logprobs(tokens)) if tokens else "null"
+        finish_reason = f'"{reason}"' if reason else "null"
         return (
-            f'{self._frame.start}{choice}, "delta": {content}, "logprobs": {logprobs}, '
-            f'"finish_reason": {reason}{self._frame.end}'
+            f'{self._frame.start}{choice}, "delta": {delta}, "logprobs": {logprobs}, '
+            f'"finish_reason": {finish_reason}{self._frame.end}'
         )
 
 
@@ -102,7 +110,7 @@ class CompletionChunks:
         )
 
 
-def chat_logprobs(tokens: tuple[TokenLogprob, ...] | list[TokenLogprob]) -> dict[str, Any]:
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     """OpenAI's shape for chat: one object a token."""
     content = [
         {**_token(token), "top_logprobs": [_token(other) for other in token.top]}
@@ -118,7 +126,7 @@ class LogprobColumns:
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def columns(self, tokens: tuple[TokenLogprob, ...] | list[TokenLogprob]) -> dict[str, Any]:
+    def columns(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         """The next tokens of the choice."""
         offsets, top = [], []
         for token in tokens:

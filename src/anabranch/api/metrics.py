@@ -191,6 +191,8 @@ class _ModelCollector(Collector):
             "prompt_tokens": ("Prompt tokens.", "prompt_tokens"),
             "cached_prompt_tokens": ("Prompt tokens reused from memory.", "cached_prompt_tokens"),
             "generated_tokens": ("Generated tokens.", "generated_tokens"),
+            "drafted_tokens": ("Drafted tokens that were verified.", "drafted_tokens"),
+            "accepted_tokens": ("Drafted tokens that were accepted.", "accepted_tokens"),
             "preemptions": ("Requests set back for want of memory.", "preemptions"),
             "steps": ("Batches that the engine computed.", "steps"),
             "finetune_tokens": ("Tokens that fine-tuning trained through.", "finetune_tokens"),

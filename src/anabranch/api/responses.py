@@ -62,12 +62,28 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class AnswerFunction(BaseModel):
+    """The function to call; its arguments are JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnswerCall(BaseModel):
+    """A call that the client is asked to make."""
+
+    id: str
+    type: Literal["function"]
+    function: AnswerFunction
+
+
 class AnswerMessage(BaseModel):
-    """The assistant's turn."""
+    """The assistant's turn. ``content`` is null in an answer of nothing but calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[AnswerCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -76,7 +92,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):

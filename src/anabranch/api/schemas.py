@@ -5,8 +5,8 @@ Three kinds of field:
 * fields with an effect here, with their limits;
 * fields of OpenAI's whose effect is nil here (``user``, ``metadata``, ...): accepted, and their
   description says so;
-* fields of OpenAI's whose effect would be lost without a word (``tools``, ``suffix``, ...): only
-  ``null`` is accepted (:data:`Unsupported`).
+* fields of OpenAI's whose effect would be lost without a word (``functions``, ``suffix``, ...):
+  only ``null`` is accepted (:data:`Unsupported`).
 
 Any other field is refused: a misspelt option must not be ignored. Types are strict: ``"5"`` is not
 a number and ``true`` is not 1.
@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Unsupported = Annotated[None, Field(description="Not supported here: only null is accepted.")]
+from anabranch.api.fields import Content, Strict, Text, TokenId, TokenIds, Unsupported
+from anabranch.api.guidance import Constraint, ResponseFormat
+from anabranch.api.messages import ChatMessage
+from anabranch.api.tools.schemas import MAX_TOOLS, FunctionTool, ToolChoice
 
-Text = Annotated[str, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -31,18 +31,29 @@ MAX_PROMPTS = 256
 MAX_EMBEDDING_INPUTS = 2048
 
 
-class Strict(BaseModel):
-    """Unknown fields are refused and nothing is converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
 class StreamOptions(Strict):
     """Only with ``stream``."""
 
     include_usage: bool | None = Field(None, description="Send the token counts before [DONE].")
     include_obfuscation: Literal[False] | None = Field(
         None, description="Chunks are not padded: true is refused."
+    )
+
+
+class ContrastSettings(Strict):
+    """Where the model is unsure, subtract what it would say without the prompt's examples."""
+
+    prompt: Text | None = Field(
+        None,
+        description="What is asked without the examples: in chat instead of the last user message. "
+        "If absent, examples are found and left out.",
+    )
+    threshold: float | None = Field(
+        None, ge=0, description="Certainty below which to contrast: 0 never, above 1 always."
+    )
+    weight: float | None = Field(None, ge=-100, le=0, description="Of what is subtracted; -0.7.")
+    filter_ratio: float | None = Field(
+        None, ge=0, description="How much less likely than the mean token a token may be; 2/3."
     )
 
 
@@ -71,41 +82,21 @@ class Generate(Strict):
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="Extension.")
     ignore_eos: bool | None = Field(None, description="Extension: generate past the end token.")
     stop_token_ids: list[TokenId] | None = Field(None, max_length=256, description="Extension.")
+    contrast: ContrastSettings | None = Field(
+        None, description="Extension: uncertainty-aware selective contrastive decoding. Not with n."
+    )
+    constraint: Constraint | None = Field(
+        None, description="Extension: the answer is from this language. Not with ignore_eos."
+    )
 
     user: str | None = Field(None, description="Accepted; no effect.")
 
 
-class TextPart(Strict):
-    """A piece of a message. Images, audio and files are refused."""
+class Prediction(Strict):
+    """Text that the answer probably repeats, for example a file that is to be edited."""
 
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Strict):
-    """One turn. The fields of an assistant's earlier answer may be sent back as they came."""
-
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="developer is treated as system."
-    )
-    content: str | Annotated[list[TextPart], Field(min_length=1)] = Field(
-        description="Text, or text parts, which are joined without a separator."
-    )
-    name: str | None = Field(None, description="Given to the chat template, if it reads names.")
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = Field(
-        None, description="Accepted when empty."
-    )
-    refusal: Unsupported = None
-    audio: Unsupported = None
-    tool_calls: Unsupported = None
-    tool_call_id: Unsupported = None
-    function_call: Unsupported = None
-
-
-class PlainText(Strict):
-    """The only answer format."""
-
-    type: Literal["text"]
+    type: Literal["content"]
+    content: Content
 
 
 class ChatCompletionRequest(Generate):
@@ -118,18 +109,25 @@ class ChatCompletionRequest(Generate):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs logprobs: true.")
 
-    response_format: PlainText | None = Field(None, description="Only text.")
+    response_format: ResponseFormat | None = Field(
+        None, description="Not with constraint, ignore_eos or tools that may be called."
+    )
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
+    tools: Annotated[list[FunctionTool], Field(min_length=1, max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call and the client runs."
+    )
+    tool_choice: ToolChoice | None = Field(None, description="auto if absent.")
+    parallel_tool_calls: bool | None = Field(
+        None, description="false: at most one call in an answer; true if absent."
+    )
+    prediction: Prediction | None = Field(
+        None, description="A hint for speed that never changes the answer."
+    )
 
     metadata: dict[str, str] | None = Field(None, description="Accepted; no effect.")
     store: bool | None = Field(None, description="Accepted; nothing is ever stored.")
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = Field(
         None, description="Accepted; there is one tier."
-    )
-    parallel_tool_calls: bool | None = Field(None, description="Accepted; there are no tools.")
-    prediction: dict[str, Any] | None = Field(
-        None, description="Accepted; a hint for speed that never changes the answer."
     )
     prompt_cache_key: str | None = Field(None, description="Accepted; prefixes are always shared.")
     prompt_cache_options: dict[str, Any] | None = Field(None, description="Accepted; no effect.")
@@ -138,7 +136,6 @@ class ChatCompletionRequest(Generate):
     )
     safety_identifier: str | None = Field(None, description="Accepted; no effect.")
 
-    tools: Unsupported = None
     functions: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None

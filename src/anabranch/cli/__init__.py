@@ -16,12 +16,15 @@ from anabranch.cli import (
     bench,
     chat,
     claims,
+    federate,
     finetune,
+    geometry,
     graph,
     label,
     models,
     registry,
     serve,
+    structured,
     top,
 )
 from anabranch.cli.output import show_error
@@ -56,13 +59,16 @@ app.command("up")(serve.up)
 app.command("chat")(chat.chat)
 app.command("top")(top.top)
 app.command("finetune")(finetune.finetune)
+app.command("federate")(federate.federate)
 app.add_typer(models.app, name="models")
 app.command("list")(registry.list_)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(label.app, name="label")
 app.add_typer(graph.app, name="graph")
+app.add_typer(geometry.app, name="geometry")
 app.add_typer(claims.app, name="claims")
 app.add_typer(bench.app, name="bench")
+app.add_typer(structured.app, name="structured")
 
 
 def _version(wanted: bool) -> None:

@@ -146,6 +146,47 @@ def up(
             help="Cache for sequences that are trained on, and the longest of them.",
         ),
     ] = 4096,
+    speculation: Annotated[
+        str,
+        typer.Option(
+            envvar=_env("speculation"),
+            help="Who drafts tokens that are verified together where it pays: lookup (copies from "
+            "the context), model, pearl (the draft model at the same time), layers, or off.",
+        ),
+    ] = "lookup",
+    draft_model: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("draft_model"), help="A smaller model, for --speculation model or pearl."
+        ),
+    ] = None,
+    draft_layers: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("draft_layers"), min=1, help="Layers that draft, for --speculation layers."
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("draft_tokens"),
+            min=1,
+            help="Tokens that --speculation pearl drafts in one step; without it as many as fit.",
+        ),
+    ] = None,
+    drafts: Annotated[
+        int,
+        typer.Option(
+            envvar=_env("drafts"), min=1, help="Independent drafts of a model for each sequence."
+        ),
+    ] = 1,
+    constraint_backend: Annotated[
+        str,
+        typer.Option(
+            envvar=_env("constraint_backend"),
+            help="What keeps answers to schemas and grammars: auto, llguidance or xgrammar.",
+        ),
+    ] = "auto",
     max_finetune_jobs: Annotated[
         int,
         typer.Option(
@@ -214,6 +255,12 @@ def up(
             kv_cache=cast("CacheFormat", kv_cache),
             time_between_tokens=None if tpot_slo_ms is None else tpot_slo_ms / 1e3,
             finetune_tokens=finetune_tokens,
+            speculation=speculation,
+            draft_model=draft_model,
+            draft_layers=draft_layers,
+            draft_tokens=draft_tokens,
+            drafts=drafts,
+            constraint_backend=constraint_backend,
         )
         base = EngineModel.load(
             model, served_name=name, options=options, dtype=dtype, progress=report

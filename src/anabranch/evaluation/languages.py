@@ -83,6 +83,7 @@ def pretrained(
     width: int = 128,
     length: int = 48,
     batch: int = 16,
+    lr: float = 3e-3,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Any:
@@ -90,7 +91,7 @@ def pretrained(
     values = {
         "steps": steps,
         "batch": batch,
-        "lr": 3e-3,
+        "lr": lr,
         "warmup": 0.05,
         "weight_decay": 0.01,
         "micro_batch_tokens": batch * length,

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from anabranch.models.cache import file_sha256, root
+from anabranch.evaluation.package_archive import package_archive
 from anabranch.models.progress import Progress, silent
 from anabranch.training.errors import DataError
 
@@ -33,7 +29,6 @@ DOMAINS = {
 _ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 _SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -52,10 +47,7 @@ def rated_texts(progress: Progress = silent) -> list[RatedText]:
 
     Raises :class:`DataError` if the archive is not there and cannot be fetched, or is damaged.
     """
-    path = root() / "data" / _ARCHIVE
-    if not path.is_file() or file_sha256(path) != _SHA256:
-        progress("fetching 2.5 MB of rated texts", None)
-        _fetch(path)
+    path = package_archive("vaderSentiment==3.3.2", _ARCHIVE, _SHA256, progress)
     try:
         with tarfile.open(path) as outer:
             inner = outer.extractfile(_INNER)
@@ -127,29 +119,3 @@ def _table(archive: tarfile.TarFile, name: str) -> dict[str, list[str]]:
     lines = file.read().decode("utf-8-sig", errors="replace").splitlines()
     rows = (line.split("\t", columns) for line in lines if line.strip())
     return {key: rest for key, *rest in rows}
-
-
-def _fetch(path: Path) -> None:
-    """Download with pip, which refuses any other content, and move into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        wanted = Path(folder) / "requirements.txt"
-        wanted.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{_SHA256}\n")
-        command = [
-            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
-            *("--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes"),
-            *("--retries", "1", "--timeout", "10", "-d", folder, "-r", str(wanted)),
-        ]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        except (subprocess.TimeoutExpired, OSError) as error:
-            reason = str(error)
-        # pip may fail at reading the package's metadata, after a complete download.
-        fetched = Path(folder) / _ARCHIVE
-        if not fetched.is_file() or file_sha256(fetched) != _SHA256:
-            raise DataError(
-                f"the rated texts ({_ARCHIVE}) cannot be fetched with pip: {reason}; put the file "
-                f"at {path} to use it offline"
-            )
-        fetched.replace(path)

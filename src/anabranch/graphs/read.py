@@ -86,16 +86,21 @@ def _numpy(path: Path) -> Graph | tuple[NDArray[Any], Any, int | None]:
     raise GraphError(f"{path} has {names}, but neither an array 'edges' nor a sparse matrix")
 
 
-def _parquet(path: Path) -> tuple[NDArray[Any], Any]:
+def parquet_table(path: Path, failure: type[GraphError] = GraphError) -> Any:
+    """A Parquet file as an Arrow table."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise MissingExtra("pyarrow", "parquet") from None
     try:
-        table = parquet.read_table(path)
+        return parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise GraphError(f"{path} cannot be read: {error}") from None
+        raise failure(f"{path} cannot be read: {error}") from None
+
+
+def _parquet(path: Path) -> tuple[NDArray[Any], Any]:
+    table = parquet_table(path)
     if table.num_columns < 2:
         raise GraphError(f"{path} has {table.num_columns} columns; source and target are needed")
     ends = [np.asarray(table.column(i).to_pylist() or np.empty(0, np.int64)) for i in (0, 1)]

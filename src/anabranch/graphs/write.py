@@ -26,10 +26,10 @@ def write_vectors(path: str | os.PathLike[str], graph: Graph, vectors: NDArray[n
     """``.npz`` with ``nodes`` [n] and ``vectors`` [n, dim], or ``.parquet`` with a list a row."""
     target, nodes = Path(path), names_of(graph)
     if target.suffix == ".npz":
-        _write_npz(target, nodes=nodes, vectors=vectors)
+        write_npz(target, nodes=nodes, vectors=vectors)
     else:
         width = vectors.shape[1]
-        _write_parquet(target, {"node": nodes, "vector": vectors.ravel()}, {"vector": width})
+        write_parquet(target, {"node": nodes, "vector": vectors.ravel()}, {"vector": width})
 
 
 def write_scores(path: str | os.PathLike[str], graph: Graph, result: PPRResult) -> None:
@@ -40,9 +40,9 @@ def write_scores(path: str | os.PathLike[str], graph: Graph, result: PPRResult) 
         "score": result.scores,
     }
     if Path(path).suffix == ".npz":
-        _write_npz(Path(path), **columns)
+        write_npz(Path(path), **columns)
     else:
-        _write_parquet(Path(path), columns, {})
+        write_parquet(Path(path), columns, {})
 
 
 def check_output(path: Path) -> None:
@@ -53,14 +53,16 @@ def check_output(path: Path) -> None:
         _pyarrow()
 
 
-def _write_npz(path: Path, **arrays: NDArray[np.generic]) -> None:
+def write_npz(path: Path, **arrays: NDArray[np.generic]) -> None:
+    """Arrays by name, whole or not at all."""
     with replacing(path) as draft, draft.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def _write_parquet(
+def write_parquet(
     path: Path, columns: dict[str, NDArray[np.generic]], widths: dict[str, int]
 ) -> None:
+    """Columns by name; one in ``widths`` holds a list of so many values in each row."""
     pyarrow = _pyarrow()
     from pyarrow import parquet
 

@@ -16,10 +16,27 @@ from typing import Any, Literal, Protocol
 
 from anabranch.errors import InvalidRequest, ModelNotFound
 from anabranch.models.card import ModelCard
+from anabranch.models.constraint import OutputConstraint
+from anabranch.models.tools import Tool
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 """``stop``: end token, stop string or id. ``length``: max_tokens or the context is used up.
 ``abort``: the client went away or cancelled. ``error``: this request failed, see ``error``."""
+
+
+@dataclass(frozen=True)
+class ContrastParameters:
+    """Subtract what the model would say by habit, where it is unsure (USCD, Wang et al. 2024).
+
+    ``prompt`` is asked beside the prompt proper: the same without its examples, which is what None
+    makes of it. Other fields are those of
+    :class:`~anabranch.serving.contrast.UncertaintyContrast`; None is its default.
+    """
+
+    prompt: str | None = None
+    threshold: float | None = None
+    weight: float | None = None
+    filter_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,10 @@ class SamplingParameters:
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary.
     ``logprobs`` None returns none, k >= 0 returns the chosen token's and the k most likely ones'.
     ``max_tokens`` None means: as many as fit in the context. With a ``seed`` the same request
-    gives the same tokens whatever else is in the batch. ``stop`` strings are not returned.
+    gives the same tokens whatever else is in the batch. ``stop`` strings are not returned. With a
+    ``constraint`` only tokens are drawn that keep the answer in its language. ``prediction`` is
+    text that the answer probably repeats: a hint for speed that never changes the answer.
+    ``contrast`` makes each token depend on a second prompt.
     """
 
     max_tokens: int | None = None
@@ -47,6 +67,9 @@ class SamplingParameters:
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     n: int = 1
+    constraint: OutputConstraint | None = None
+    prediction: str | None = None
+    contrast: ContrastParameters | None = None
 
     def __post_init__(self) -> None:
         self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
@@ -137,6 +160,9 @@ class ModelStatistics:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    """Tokens that were verified instead of computed one after the other."""
+    accepted_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
     finetune_tokens: int = 0
@@ -150,7 +176,12 @@ class ModelStatistics:
 
 
 Message = Mapping[str, Any]
-"""``{"role": "user", "content": "..."}``; content is text (parts are joined by the API)."""
+"""``{"role": "user", "content": "..."}``; content is text (parts are joined by the API).
+
+An assistant's turn may have ``tool_calls``: ``{"id", "type": "function", "function": {"name",
+"arguments"}}`` with the arguments as an object, or as text if the model wrote no object. Turns of
+role ``tool`` behind it have ``tool_call_id`` and the function's ``name``.
+"""
 
 
 class Model(ABC):
@@ -171,8 +202,20 @@ class Model(ABC):
         """Load and totals, for metrics."""
         return ModelStatistics()
 
-    async def chat(self, messages: Sequence[Message], sampling: SamplingParameters) -> Generation:
-        """Answer a conversation. Raises before the first token if it cannot be served."""
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParameters,
+        *,
+        tools: Sequence[Tool] = (),
+        opening: str = "",
+    ) -> Generation:
+        """Answer a conversation. Raises before the first token if it cannot be served.
+
+        The model is told that it may call ``tools``; calls are text of the answer, written as
+        :mod:`anabranch.models.tools` describes. ``opening`` is how the answer begins: it belongs
+        to the prompt, and a constraint begins behind it.
+        """
         raise self._cannot("chat")
 
     async def complete(

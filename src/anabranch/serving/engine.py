@@ -20,22 +20,25 @@ from typing import Any
 import torch
 
 from anabranch import registry
-from anabranch.errors import ConfigurationError, InvalidRequest, RequestTooLong
+from anabranch.errors import ConfigurationError, InvalidRequest, RequestFailed, RequestTooLong
 from anabranch.models.protocol import ModelStatistics, OutputDelta
 from anabranch.planning import CostModel
 from anabranch.serving.adapters import AdapterCheckpoint, ServedAdapter
 from anabranch.serving.batch import StepPlan, StepResult
+from anabranch.serving.contrast.pairs import Contrast, Pairs, companion_of, follow
 from anabranch.serving.coserving import FinetuneJob, JobHandle, Listener
 from anabranch.serving.coserving.coserving import CoServing
 from anabranch.serving.coserving.pages import PagePool
 from anabranch.serving.coserving.running import RunningJob
 from anabranch.serving.kv_cache import KVCacheManager
 from anabranch.serving.options import EngineOptions
-from anabranch.serving.output import OutputBuilder
+from anabranch.serving.output import OutputBuilder, merged
 from anabranch.serving.runner import ModelRunner
-from anabranch.serving.sampling import Sampled, sample
 from anabranch.serving.scheduler import TokenBudgetScheduler
 from anabranch.serving.sequence import Request, Segment, Sequence
+from anabranch.serving.speculation import DraftingContext, Proposal
+from anabranch.serving.speculation.speculation import Speculation
+from anabranch.serving.speculation.verification import Candidate, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class Engine:
         options: EngineOptions | None = None,
         device: torch.device | str = "cpu",
         clock: Callable[[], float] = time.perf_counter,
+        draft_runner: ModelRunner | None = None,
     ) -> None:
         options = options or EngineOptions()
         device = torch.device(device)
@@ -93,7 +97,10 @@ class Engine:
             runner, pool, self.cost_model, clock, self._publish, options.time_between_tokens
         )
         """Fine-tuning jobs, which compute in what requests leave of the steps."""
+        context = DraftingContext(options, runner, self.cache, draft_runner, clock)
+        self.speculation = Speculation.of(context, self.cost_model, self.max_context, end_tokens)
         self._published: dict[str, ServedAdapter] = {}
+        self.pairs = Pairs()
         self.runner = runner
         self._clock = clock
         self.end_tokens = tuple(sorted(end_tokens))
@@ -112,6 +119,12 @@ class Engine:
             raise InvalidRequest("prompt", "must have at least one token")
         if not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
             raise InvalidRequest("prompt", f"token ids must be between 0 and {vocabulary - 1}")
+        if (sampling.constraint is None) != (request.constraint is None):
+            raise InvalidRequest("constraint", "must be compiled for the request, or be absent")
+        if request.constraint is not None and sampling.ignore_eos:
+            raise InvalidRequest("ignore_eos", "an answer with a constraint ends where it says")
+        if request.contrast is not None:
+            self._check_contrast(request, request.contrast)
         if request.adapter is not None and request.adapter not in self._adapters:
             raise InvalidRequest("model", f"the adapter {request.adapter.name!r} was removed")
         limit = self.max_context if request.pooling else self.max_context - 1
@@ -136,13 +149,38 @@ class Engine:
                         field, f"token id {token} is not between 0 and {vocabulary - 1}"
                     )
 
+    def _check_contrast(self, request: Request, contrast: Contrast) -> None:
+        length, sampling = len(contrast.prompt), request.sampling
+        if not length or tuple(request.prompt) == contrast.prompt:
+            raise InvalidRequest("contrast.prompt", "must be another prompt, of a token or more")
+        if sampling.n > 1 or request.pooling:
+            raise InvalidRequest("n", "must be 1 with contrast")
+        if self.options.max_sequences < 2:
+            raise InvalidRequest("contrast", "needs an engine with max_sequences of 2 or more")
+        limit = self.max_context - length - 1
+        if limit < 1 or (sampling.max_tokens or 0) > limit:
+            raise RequestTooLong(
+                "contrast.prompt",
+                f"has {length} tokens, which leaves {max(limit, 0)} for the answer in "
+                f"{self._context_name()}",
+            )
+        new = sampling.max_tokens or min(limit, self.max_context - len(request.prompt))
+        size = self.cache.page_size
+        pages = sum(-(-(len(prompt) + new) // size) for prompt in (request.prompt, contrast.prompt))
+        if pages > self.cache.num_pages:
+            raise RequestTooLong(
+                "contrast",
+                f"both prompts with {new} new tokens need {pages} pages of the cache, "
+                f"which has {self.cache.num_pages}; lower max_tokens",
+            )
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises :class:`InvalidRequest` before anything is changed."""
         self.check(request)
         if request.id in self._requests:
             raise InvalidRequest("id", f"{request.id!r} is already running")
-        space = self.max_context - len(request.prompt)
-        limit = request.sampling.max_tokens or space
+        longest = max(len(request.prompt), len(request.contrast.prompt) if request.contrast else 0)
+        limit = request.sampling.max_tokens or self.max_context - longest
         choices = [
             Sequence(
                 request,
@@ -150,6 +188,7 @@ class Engine:
                 list(request.prompt),
                 max_tokens=limit,
                 detokenizer=self._output.detokenizer(request),
+                constraint=request.constraint.start() if request.constraint else None,
             )
             for index in range(request.sampling.n)
         ]
@@ -159,13 +198,15 @@ class Engine:
             self._adapter_users[request.adapter] += 1
         self._prompt_tokens += len(request.prompt)
         self.scheduler.add(choices[0])
+        if request.contrast is not None:
+            self.scheduler.add(companion_of(choices[0]))
 
     def abort(self, request_id: str) -> None:
         """Stop a request and free its pages now. Harmless if it is not running."""
         choices = self._forget(request_id)
         for sequence in choices:
             sequence.finish_reason = sequence.finish_reason or "abort"
-            self.scheduler.remove(sequence)
+            self._dismiss(sequence)
 
     def abort_all(self) -> list[StepOutput]:
         """Give up every request, telling each choice."""
@@ -232,16 +273,21 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Compute one batch of segments and return what it added to the requests."""
-        # 1. Decide which tokens to compute: those of requests, and to train what time allows.
+        # 1. Decide which tokens to compute: those of requests with what may follow them, and to
+        # train what time allows.
         began = self._clock()
-        requested = self.scheduler.schedule(self._budget())
+        budget = self._budget()
+        self._propose(budget)
+        requested = self.scheduler.schedule(budget)
         plan = self.coserving.extend(requested, self.options.page_size)
         if plan is None:
             self.coserving.work(0)
             return []
 
         # 2. Compute them. Sequences that fail are taken out; the others go on.
+        self.speculation.begin(plan.segments)
         plan, result, outputs = self._execute(plan)
+        grown = self.speculation.finish()
         if result is None:
             return outputs
         num_tokens = plan.num_tokens
@@ -255,26 +301,29 @@ class Engine:
                 self.coserving.computed(segment)
         plan = replace(plan, segments=tuple(s for s in plan.segments if not s.sequence.recorder))
 
-        # 4. Sample a token for every sequence that is computed to its end.
-        rows, ready = self._sampling_rows(plan)
-        for sequence, sampled in zip(ready, sample(result.logits[rows], ready), strict=True):
-            if sampled is None:
-                outputs += self._fail(sequence, NOT_FINITE)
+        # 4. Choose the next tokens of every sequence that is computed to its end.
+        candidates = self._candidates(plan, grown, result.logits)
+        logits = self._paired(candidates, result.logits)
+        verdicts = self.speculation.verify(logits, candidates)
+        for candidate, verdict in zip(candidates, verdicts, strict=True):
+            if verdict is None:
+                failure = candidate.sequence.failure or NOT_FINITE
+                outputs += self._fail(candidate.sequence, failure)
             else:
-                outputs.append(self._append(sequence, sampled))
+                outputs.append(self._append(candidate, verdict))
 
         # 5. Collect the vectors of pooling requests.
         for index, hidden in result.pooled.items():
             outputs += self._pool(plan.segments[index], hidden)
 
         # 6. Release what has finished, before the next step is planned.
-        for segment in plan.segments:
-            ready.append(segment.sequence)
-        for sequence in ready:
+        ready = [candidate.sequence for candidate in candidates]
+        for sequence in [*ready, *(segment.sequence for segment in plan.segments)]:
             if sequence.finish_reason is not None:
                 self._remove(sequence)
 
         # 7. Train in the rest of the step.
+        self.speculation.record(self._clock() - began)
         self.coserving.work(num_tokens)
         self._count_target(requested, self._clock() - began)
         return outputs
@@ -290,6 +339,8 @@ class Engine:
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.num_preemptions,
             steps=self.scheduler.num_steps,
+            drafted_tokens=self.speculation.statistics.drafted,
+            accepted_tokens=self.speculation.statistics.accepted,
             finetune_tokens=self.coserving.statistics.tokens,
             finetune_jobs=len(self.coserving.jobs),
             slo_steps=self._target_steps,
@@ -304,6 +355,14 @@ class Engine:
         least = self.scheduler.num_running + FEWEST_PROMPT_TOKENS
         room = self.cost_model.invert(target, self.scheduler.num_context)
         return min(self.token_budget, max(room, least))
+
+    def _propose(self, budget: int) -> None:
+        """Draft what may follow the sequences that decode."""
+        decoding = self.scheduler.decoding()
+        if decoding:
+            prompts = self.scheduler.prompt_tokens(max(0, budget - len(decoding)))
+            free = self.cache.num_available * self.options.page_size
+            self.speculation.propose(decoding, prompts, free)
 
     def _count_target(self, plan: StepPlan | None, seconds: float) -> None:
         target = self.options.time_between_tokens
@@ -332,7 +391,11 @@ class Engine:
             return plan, self.runner.execute(plan), []
         except Exception as error:
             if len(plan.segments) == 1:
-                sequence = plan.segments[0].sequence
+                segment = plan.segments[0]
+                sequence = segment.sequence
+                if segment.draft is not None:
+                    logger.exception("a draft could not be verified; going on without")
+                    return self._execute(replace(plan, segments=(replace(segment, draft=None),)))
                 if sequence.recorder is not None:
                     self.coserving.failed(sequence, error)
                     return plan, None, []
@@ -344,10 +407,10 @@ class Engine:
         results: list[StepResult] = []
         outputs: list[StepOutput] = []
         for segment in plan.segments:
-            _, result, failures = self._execute(replace(plan, segments=(segment,)))
+            alone, result, failures = self._execute(replace(plan, segments=(segment,)))
             outputs += failures
             if result is not None:
-                survivors.append(segment)
+                survivors += alone.segments
                 results.append(result)
         if not survivors:
             return plan, None, outputs
@@ -357,28 +420,81 @@ class Engine:
         )
         return replace(plan, segments=tuple(survivors)), merged, outputs
 
-    def _sampling_rows(self, plan: StepPlan) -> tuple[list[int], list[Sequence]]:
-        """Rows of logits and the sequences that draw from them.
+    def _candidates(
+        self, plan: StepPlan, grown: dict[Sequence, Proposal], logits: torch.Tensor
+    ) -> list[Candidate]:
+        """Sequences and the rows of logits that they choose from, with drafts that have grown.
 
-        Choices of one request start here: they share the row after the prompt's last token.
+        Of these, one node more is verified than was computed: the last row decides on it. Choices
+        of one request start here: they share the row after the prompt's last token.
         """
-        rows: list[int] = []
-        ready: list[Sequence] = []
-        wanting = (segment.sequence for segment in plan.segments if segment.wants_logits)
-        for row, parent in enumerate(wanting):
-            choices = [parent, *self.scheduler.fork(parent)]
-            ready += choices
-            rows += [row] * len(choices)
-        return rows, ready
+        candidates: list[Candidate] = []
+        row = 0
+        for segment in plan.segments:
+            if segment.num_logits:
+                parent = segment.sequence
+                if parent.partner is not None:
+                    self.pairs.hold(parent, logits[row])
+                    row += segment.num_logits
+                    continue
+                draft = segment.draft
+                if parent in grown:
+                    draft = grown[parent].first(segment.num_logits)
+                candidates.append(Candidate(parent, row, draft, segment.num_logits))
+                candidates += (Candidate(choice, row) for choice in self.scheduler.fork(parent))
+                row += segment.num_logits
+        return candidates
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> StepOutput:
-        first = sequence.num_generated == 0
-        sequence.tokens.append(sampled.token)
-        self._generated_tokens += 1
-        if first and sequence.index == 0:
+    def _paired(self, candidates: list[Candidate], logits: torch.Tensor) -> torch.Tensor:
+        """Add leaders whose rows, and if necessary their companions', have come."""
+        ready = self.pairs.resolve()
+        if not ready:
+            return logits
+        for row, (leader, _, instead) in enumerate(ready, start=len(logits)):
+            candidates.append(Candidate(leader, row, instead=instead))
+        return torch.cat([logits, torch.stack([row for _, row, _ in ready])])
+
+    def _append(self, candidate: Candidate, verdict: Verdict) -> StepOutput:
+        """Add what was chosen to a sequence, as far as it does not end before."""
+        sequence, draft = candidate.sequence, candidate.draft
+        if sequence.num_generated == 0 and sequence.index == 0:
             self._cached_tokens += sequence.cached_tokens
-        delta = self._output.token(sequence, sampled)
-        return StepOutput(sequence.request.id, delta, sequence.cached_tokens)
+        before = len(sequence.tokens)
+        deltas: list[OutputDelta] = []
+        for sampled in verdict.tokens:
+            sequence.append(sampled.token)
+            deltas.append(self._output.token(sequence, sampled))
+            if sequence.finish_reason is not None:
+                break
+            if sequence.constraint is not None:
+                try:
+                    sequence.constraint.accept(sampled.token)
+                except RequestFailed as error:
+                    sequence.failure = str(error)
+                    break
+        self._generated_tokens += len(deltas)
+        contrast = sequence.request.contrast
+        if contrast is not None and not contrast.lazy:
+            follow(sequence)
+        if draft is not None:
+            self._keep(candidate, draft, verdict, before)
+        return StepOutput(sequence.request.id, merged(deltas), sequence.cached_tokens)
+
+    def _keep(self, candidate: Candidate, draft: Proposal, verdict: Verdict, before: int) -> None:
+        """Keep the keys and values of accepted drafts, where the tokens are now."""
+        sequence = candidate.sequence
+        computed = [node for node in verdict.nodes if node < candidate.num_rows - 1]
+        nodes = computed[: len(sequence.tokens) - before]
+        moved = [(node, place) for place, node in enumerate(nodes) if node != place]
+        if moved:
+            slots = [
+                [self.cache.slot(sequence, before + place) for place in places]
+                for places in zip(*moved, strict=True)
+            ]
+            self.runner.move_slots(*slots)
+        self.scheduler.computed(Segment(sequence, before, before), len(nodes))
+        self.cache.truncate(sequence)
+        self.speculation.observe(sequence, draft, verdict)
 
     def _pool(self, segment: Segment, hidden: torch.Tensor) -> list[StepOutput]:
         sequence = segment.sequence
@@ -394,7 +510,11 @@ class Engine:
 
     def _fail(self, sequence: Sequence, message: str) -> list[StepOutput]:
         """Take a sequence out, with choices that wait for it, and clear what it wrote."""
+        if sequence.follows and sequence.partner is not None:
+            sequence = sequence.partner
         pages = self.scheduler.discard(sequence)
+        if sequence.partner is not None:
+            pages += self.scheduler.discard(sequence.partner)
         if pages:
             self.runner.clear_pages(pages)
         failed = [sequence, *sequence.siblings]
@@ -411,14 +531,22 @@ class Engine:
             for choice in failed
         ]
 
-    def _remove(self, sequence: Sequence) -> None:
+    def _dismiss(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
+        if sequence.partner is not None:
+            self.scheduler.remove(sequence.partner)
+            self.pairs.forget(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        self._dismiss(sequence)
         choices = self._requests.get(sequence.request.id, [])
         if all(choice.finish_reason is not None for choice in choices):
             self._forget(sequence.request.id)
 
     def _forget(self, request_id: str) -> list[Sequence]:
         choices = self._requests.pop(request_id, [])
+        for choice in choices:
+            self.speculation.forget(choice)
         adapter = choices[0].request.adapter if choices else None
         if adapter is not None:
             self._adapter_users[adapter] -= 1

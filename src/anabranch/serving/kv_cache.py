@@ -129,6 +129,16 @@ class KVCacheManager:
         child.pages.append(self._allocate())
         return [PageCopy(source=parent.pages[full], target=child.pages[full])]
 
+    def truncate(self, sequence: Sequence) -> None:
+        """Disown pages that a sequence reserved for drafts and has no tokens for."""
+        kept = -(-len(sequence.tokens) // self.page_size)
+        self._give_back(sequence.pages[kept:])
+        del sequence.pages[kept:]
+
+    def slot(self, sequence: Sequence, place: int) -> int:
+        """Where the keys and values of a sequence's token, or of a draft behind it, lie."""
+        return sequence.pages[place // self.page_size] * self.page_size + place % self.page_size
+
     def release(self, sequence: Sequence) -> None:
         """Disown all pages of a sequence; named ones stay cached until they are needed."""
         self._give_back(sequence.pages)

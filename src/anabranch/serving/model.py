@@ -25,9 +25,11 @@ import torch
 from anabranch import models
 from anabranch.errors import Draining, InvalidRequest, QueueFull, RequestFailed, RequestTooLong
 from anabranch.models.card import ModelCard
+from anabranch.models.constraint import OutputConstraint
 from anabranch.models.dtype import fastest_dtype
 from anabranch.models.progress import Progress, silent
 from anabranch.models.protocol import (
+    ContrastParameters,
     Embedding,
     Message,
     Model,
@@ -35,8 +37,12 @@ from anabranch.models.protocol import (
     OutputDelta,
     SamplingParameters,
 )
+from anabranch.models.tools import Tool, render
 from anabranch.serving.adapters import AdapterBank, AdapterCheckpoint, ServedAdapter
 from anabranch.serving.adapters.bank import require_adapter_name
+from anabranch.serving.constraints import CompiledConstraint, ConstraintCompiler
+from anabranch.serving.contrast import UncertaintyContrast, lame_prompt
+from anabranch.serving.contrast.pairs import Contrast
 from anabranch.serving.coserving import FinetuneJob, JobHandle, Listener
 from anabranch.serving.coserving.running import RunningJob
 from anabranch.serving.engine import Engine, StepOutput
@@ -44,7 +50,7 @@ from anabranch.serving.options import EngineOptions
 from anabranch.serving.runner import ModelRunner
 from anabranch.serving.runner.fused import FusedRunner
 from anabranch.serving.runner.memory import return_free_memory
-from anabranch.serving.runner.selection import make_runner
+from anabranch.serving.runner.selection import make_draft_runner, make_runner
 from anabranch.serving.sequence import Request
 
 if TYPE_CHECKING:
@@ -72,6 +78,8 @@ class EngineModel(Model):
         self._thread: threading.Thread | None = None
         self._publications: set[asyncio.Task[None]] = set()  # the loop itself holds no reference
         self.adapters = AdapterBank(self._attach, self._detach)
+        self._compiler: ConstraintCompiler | None = None  # made when the first constraint comes
+        self._compiler_lock = threading.Lock()
 
     @classmethod
     def load(
@@ -118,8 +126,12 @@ class EngineModel(Model):
         """Take over a model that is already in memory."""
         options = options or EngineOptions()
         runner = make_runner(loaded, options, progress)
+        draft_runner = None
+        if options.draft_model is not None:
+            draft_runner = make_draft_runner(options.draft_model, loaded, options, progress)
         engine = Engine(
             runner,
+            draft_runner=draft_runner,
             tokenizer=loaded.tokenizer,
             end_tokens=end_tokens(loaded),
             options=options,
@@ -169,6 +181,7 @@ class EngineModel(Model):
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
         self._thread = None
+        self.engine.speculation.close()
         for generation in self._running.values():
             generation.end()
         self._running.clear()
@@ -216,6 +229,9 @@ class EngineModel(Model):
         messages: Sequence[Message],
         sampling: SamplingParameters,
         adapter: str | None = None,
+        *,
+        tools: Sequence[Tool] = (),
+        opening: str = "",
     ) -> EngineGeneration:
         """Apply the model's chat template and generate."""
         if getattr(self._tokenizer, "chat_template", None) is None:
@@ -224,8 +240,13 @@ class EngineModel(Model):
                 f"{self.name!r} has no chat template; use /v1/completions with a plain prompt",
             )
         self._refuse_hopeless(sum(len(str(m.get("content"))) for m in messages), "messages")
-        prompt = await asyncio.to_thread(self._render, messages)
-        return self._submit(prompt, sampling, await self._acquire(adapter))
+        prompt = await asyncio.to_thread(self._render, messages, tools, opening)
+        contrast = None
+        if sampling.contrast is not None:
+            lame = await asyncio.to_thread(_without_examples, messages, sampling.contrast)
+            tokens = await asyncio.to_thread(self._render, lame, tools, opening)
+            contrast = _contrast(tokens, sampling.contrast)
+        return await self._generate(prompt, sampling, adapter, contrast)
 
     async def complete(
         self,
@@ -234,8 +255,14 @@ class EngineModel(Model):
         adapter: str | None = None,
     ) -> EngineGeneration:
         """Continue a text or token ids."""
-        tokens = await self._tokenize(prompt, "prompt")
-        return self._submit(tokens, sampling, await self._acquire(adapter))
+        tokens, contrast = await self._tokenize(prompt, "prompt"), None
+        if sampling.contrast is not None:
+            if not isinstance(prompt, str):
+                raise InvalidRequest("contrast", "needs the prompt as text, not as token ids")
+            text = await asyncio.to_thread(_lame_text, prompt, sampling.contrast)
+            lame = await self._tokenize(text, "contrast.prompt")
+            contrast = _contrast(lame, sampling.contrast)
+        return await self._generate(tokens, sampling, adapter, contrast)
 
     async def embed(
         self, texts: Sequence[str | Sequence[int]], adapter: str | None = None
@@ -246,7 +273,8 @@ class EngineModel(Model):
         try:
             for prompt in prompts:
                 served = await self._acquire(adapter)
-                pending.append(self._submit(prompt, SamplingParameters(), served, pooling=True))
+                request = Request(_new_id(), prompt, pooling=True, adapter=served)
+                pending.append(self._submit(request))
             return [Embedding(await each.vector(), each.prompt_tokens) for each in pending]
         finally:
             for generation in pending:
@@ -257,16 +285,46 @@ class EngineModel(Model):
         if self._running.pop(request_id, None) is not None:
             self._inbox.put(lambda: self.engine.abort(request_id))
 
-    def _submit(
+    async def _generate(
         self,
         prompt: Sequence[int],
         sampling: SamplingParameters,
-        adapter: ServedAdapter | None,
-        pooling: bool = False,
+        adapter: str | None,
+        contrast: Contrast | None = None,
     ) -> EngineGeneration:
+        compiled: CompiledConstraint | None = None
+        prediction: Sequence[int] = ()
+        if sampling.constraint is not None:
+            compiled = await asyncio.to_thread(self._compile, sampling.constraint)
+        if sampling.prediction:
+            prediction = await self._tokenize(sampling.prediction, "prediction")
+        served = await self._acquire(adapter)
+        return self._submit(
+            Request(
+                _new_id(),
+                prompt,
+                sampling,
+                adapter=served,
+                constraint=compiled,
+                contrast=contrast,
+                prediction=prediction,
+            )
+        )
+
+    def _compile(self, constraint: OutputConstraint) -> CompiledConstraint:
+        with self._compiler_lock:
+            if self._compiler is None:
+                self._compiler = ConstraintCompiler(
+                    self._tokenizer,
+                    self.engine.runner.vocabulary,
+                    self.engine.end_tokens,
+                    self.engine.options.constraint_backend,
+                )
+        return self._compiler.compile(constraint)
+
+    def _submit(self, request: Request) -> EngineGeneration:
         if self._thread is None:
             raise Draining("the model is not running")
-        request = Request(uuid.uuid4().hex, prompt, sampling, pooling, adapter)
         self.engine.check(request)
         waiting = self._num_sent - self._num_taken + self.engine.scheduler.num_waiting
         if waiting >= self.engine.options.max_queue:
@@ -324,13 +382,14 @@ class EngineModel(Model):
         self._refuse_hopeless(len(text), field)
         return await asyncio.to_thread(lambda: self._tokenizer(text)["input_ids"])
 
-    def _render(self, messages: Sequence[Message]) -> list[int]:
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), opening: str = ""
+    ) -> list[int]:
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
-            )
+            rendered = render(self._tokenizer, messages, tools) + opening
         except Exception as error:  # templates raise whatever their author chose
             raise InvalidRequest("messages", f"the chat template refuses them: {error}") from error
+        self._refuse_hopeless(len(rendered), "messages")
         return self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
     def _refuse_hopeless(self, characters: int, field: str) -> None:
@@ -396,10 +455,15 @@ class AdaptedModel(Model):
         self._adapter = adapter
 
     async def chat(
-        self, messages: Sequence[Message], sampling: SamplingParameters
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParameters,
+        *,
+        tools: Sequence[Tool] = (),
+        opening: str = "",
     ) -> EngineGeneration:
         """Answer with the adapter's newest version."""
-        return await self.base.chat(messages, sampling, self._adapter)
+        return await self.base.chat(messages, sampling, self._adapter, tools=tools, opening=opening)
 
     async def complete(
         self, prompt: str | Sequence[int], sampling: SamplingParameters
@@ -489,6 +553,42 @@ def describe(runner: ModelRunner, loaded: LoadedModel) -> str:
     if isinstance(runner, FusedRunner):
         return f"{'bfloat16' if runner.weights == 'bf16' else runner.weights}, fused"
     return str(loaded.network.dtype).removeprefix("torch.")
+
+
+def _lame_text(text: str, contrast: ContrastParameters) -> str:
+    """The prompt without its examples, or what the client gave for it."""
+    if contrast.prompt is not None:
+        return contrast.prompt
+    found = lame_prompt(text)
+    if found is None:
+        raise InvalidRequest(
+            "contrast.prompt",
+            "no examples were found to leave out of the prompt; give the text without them, or "
+            "leave out contrast",
+        )
+    return found
+
+
+def _without_examples(
+    messages: Sequence[Message], contrast: ContrastParameters
+) -> Sequence[Message]:
+    """The conversation with a lame last user message."""
+    last = max((i for i, m in enumerate(messages) if m.get("role") == "user"), default=None)
+    if last is None:
+        raise InvalidRequest("contrast", "needs a user message")
+    text = _lame_text(str(messages[last].get("content")), contrast)
+    return [*messages[:last], {**messages[last], "content": text}, *messages[last + 1 :]]
+
+
+def _contrast(prompt: Sequence[int], contrast: ContrastParameters) -> Contrast:
+    names = ("threshold", "weight", "filter_ratio")
+    given = {name: getattr(contrast, name) for name in names}
+    settings = UncertaintyContrast(**{k: v for k, v in given.items() if v is not None})
+    return Contrast(tuple(prompt), settings)
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:

@@ -31,6 +31,16 @@ class EngineOptions:
     fine-tuning jobs take what they leave of it; None lets jobs slow streams down by a quarter.
     ``finetune_tokens`` is the room in the cache for sequences that are trained on, which is also
     the longest of them.
+
+    ``speculation`` is who drafts tokens that are then verified together, where it pays: ``lookup``
+    copies from the context, ``model`` is the smaller ``draft_model``, ``layers`` are the first
+    ``draft_layers`` of the model itself, ``off`` is nobody. ``pearl`` is ``draft_model`` drafting
+    while the model computes, on cores of its own, ``draft_tokens`` at a time; None is as many as
+    fit into one step of the model. ``drafts`` independent ones are drawn from a model for each
+    sequence.
+
+    ``constraint_backend`` is what turns schemas and grammars into masks: ``llguidance``,
+    ``xgrammar``, or ``auto``, which is the first of them that can honour a constraint.
     """
 
     token_budget: int | None = None
@@ -46,6 +56,12 @@ class EngineOptions:
     kv_cache: CacheFormat = "auto"
     time_between_tokens: float | None = None
     finetune_tokens: int = 4096
+    speculation: str = "lookup"
+    draft_model: str | None = None
+    draft_layers: int | None = None
+    draft_tokens: int | None = None
+    drafts: int = 1
+    constraint_backend: str = "auto"
 
     def __post_init__(self) -> None:
         choices = {
@@ -64,6 +80,8 @@ class EngineOptions:
             raise ConfigurationError(
                 f"time_between_tokens must be above 0 seconds, not {self.time_between_tokens}"
             )
+        if self.draft_tokens is not None and self.draft_tokens < 1:
+            raise ConfigurationError(f"draft_tokens is {self.draft_tokens}; 1 is the least")
         if self.finetune_tokens < 0:
             raise ConfigurationError(f"finetune_tokens is {self.finetune_tokens}; 0 is the least")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -67,6 +69,18 @@ class OutputBuilder:
     def _named(self, token: int, logprob: float) -> TokenLogprob:
         content = self._name(token) if self._name else b""
         return TokenLogprob(token, content.decode("utf-8", "replace"), content, logprob)
+
+
+def merged(deltas: SequenceOf[OutputDelta]) -> OutputDelta:
+    """Several deltas of one choice, the last of which may end it, as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    return replace(
+        deltas[-1],
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+    )
 
 
 class TokenNames:

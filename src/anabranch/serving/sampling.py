@@ -1,8 +1,8 @@
-"""Chooses the next token of every sequence from its row of logits, all rows at once.
+"""Chooses the next token of every row of logits, all rows at once.
 
-Rows pass through stages in a fixed order: bias, penalties, temperature, truncation (top-k, top-p,
-min-p), then one draw. Randomness comes from each sequence's own generator, one number per token,
-so a seeded request gives the same tokens whatever else is in the batch.
+Logits are adjusted, divided by the temperature, truncated (top-k, top-p, min-p), and a token is
+drawn. Randomness comes from each sequence's own generator, one number per token, so a seeded
+request gives the same tokens whatever else is in the batch, and whether they were drafted or not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anabranch.models.protocol import SamplingParameters
-from anabranch.serving.sequence import Sequence
+from anabranch.serving.adjustment import Row
 
 CANDIDATES = 1024
 """Most likely tokens that truncation looks at first. Nearly always they hold the mass that top-p
@@ -32,109 +32,44 @@ class Sampled(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | None]:
-    """A token for each row of ``logits [rows, vocabulary]``; None where a row is not finite.
+def finite(logits: Tensor, adjusted: Tensor) -> list[bool]:
+    """Which rows a token can be drawn from.
 
     ``+inf`` and NaN mean that the model or an adapter overflowed. ``-inf`` is a legal mask, as
     long as something remains.
     """
-    if not sequences:
-        return []
-    rows = logits.float()
     # One NaN or +inf makes a row's maximum NaN or +inf; a fully masked row has -inf.
-    healthy = torch.isfinite(rows.amax(dim=-1)).tolist()
-    logprobs = _logprobs(rows, sequences)
-    rows = _add_bias(rows, sequences)
-    rows = _penalise(rows, sequences)
-    tokens = _draw(rows, sequences)
-    for sequence, token, good in zip(sequences, tokens, healthy, strict=True):
-        if good and sequence.token_counts is not None:
-            sequence.token_counts[1, token] += 1
-    return [
-        _sampled(token, *logprobs[row]) if good else None
-        for row, (token, good) in enumerate(zip(tokens, healthy, strict=True))
-    ]
+    return (logits.amax(dim=-1).isfinite() & adjusted.amax(dim=-1).isfinite()).tolist()
 
 
-def _sampled(token: int, row: Tensor | None, count: int) -> Sampled:
-    if row is None:
+def is_greedy(sampling: SamplingParameters) -> bool:
+    """Whether the most likely token is taken."""
+    return sampling.temperature <= GREEDY_BELOW
+
+
+def described(logits: Tensor, index: int, row: Row, token: int) -> Sampled:
+    """A chosen token, with the log-probabilities that its request asked for."""
+    count = row.sequence.request.sampling.logprobs
+    if count is None:
         return Sampled(token)
-    values, ids = row.topk(min(count, len(row)))
+    logprobs = logits[index].float().log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Sampled(token, float(row[token]), top)
+    return Sampled(token, float(logprobs[token]), top)
 
 
-def _logprobs(rows: Tensor, sequences: SequenceOf[Sequence]) -> list[tuple[Tensor | None, int]]:
-    return [
-        (None, 0)
-        if (count := sequence.request.sampling.logprobs) is None
-        else (rows[row].log_softmax(dim=-1), count)
-        for row, sequence in enumerate(sequences)
-    ]
-
-
-def _add_bias(rows: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-    biased = [i for i, sequence in enumerate(sequences) if sequence.request.sampling.logit_bias]
-    if not biased:
-        return rows
-    rows = rows.clone()
-    for row in biased:
-        bias = sequences[row].request.sampling.logit_bias
-        rows[row, list(bias)] += torch.tensor(list(bias.values()), device=rows.device)
-    return rows
-
-
-def _penalise(rows: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-    """Repetition penalty (Keskar et al. 2019, section 4.1) and OpenAI's two penalties.
-
-    Repetition looks at prompt and output, frequency and presence at the output only.
-    """
-    penalised = [i for i, s in enumerate(sequences) if has_penalties(s.request.sampling)]
-    if not penalised:
-        return rows
-    rows = rows.clone()
-    for row in penalised:
-        sequence, sampling = sequences[row], sequences[row].request.sampling
-        if sequence.token_counts is None:
-            sequence.token_counts = _count_tokens(sequence, rows.shape[1], rows.device)
-        prompt, output = sequence.token_counts
-        logits = rows[row]
-        if sampling.repetition_penalty != 1.0:
-            factor = sampling.repetition_penalty
-            shrunk = torch.where(logits > 0, logits / factor, logits * factor)
-            logits = torch.where((prompt + output) > 0, shrunk, logits)
-        logits = logits - sampling.frequency_penalty * output
-        rows[row] = logits - sampling.presence_penalty * (output > 0)
-    return rows
-
-
-def has_penalties(sampling: SamplingParameters) -> bool:
-    """Whether tokens seen before change the distribution."""
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.frequency_penalty != 0.0
-        or sampling.presence_penalty != 0.0
-    )
-
-
-def _count_tokens(sequence: Sequence, vocabulary: int, device: torch.device) -> Tensor:
-    parts = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
-    counts = [
-        torch.bincount(torch.tensor(p, dtype=torch.long), minlength=vocabulary) for p in parts
-    ]
-    return torch.stack(counts).to(device=device, dtype=torch.int32)
-
-
-def _draw(rows: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
-    settings = [sequence.request.sampling for sequence in sequences]
-    tokens = rows.argmax(dim=-1)
-    random = [i for i, s in enumerate(settings) if s.temperature > GREEDY_BELOW]
+def draw(adjusted: Tensor, rows: SequenceOf[Row]) -> list[int]:
+    """A token for each row of adjusted logits ``[rows, vocabulary]``."""
+    settings = [row.sequence.request.sampling for row in rows]
+    tokens = adjusted.argmax(dim=-1)
+    random = [i for i, s in enumerate(settings) if not is_greedy(s)]
     if not random:
         return tokens.tolist()
 
-    uniform = torch.tensor([sequences[i].random.random() for i in random], dtype=torch.float64)
-    temperature = torch.tensor([settings[i].temperature for i in random])
-    scaled = rows[random] / temperature[:, None].to(rows.device)
+    uniform = torch.tensor(
+        [rows[i].sequence.uniform(len(rows[i].drafted)) for i in random], dtype=torch.float64
+    )
+    scaled = _scaled(adjusted, settings, random)
     plain = torch.tensor([not _truncates(settings[i]) for i in random])
     chosen = torch.empty(len(random), dtype=torch.long)
     if plain.any():
@@ -142,21 +77,43 @@ def _draw(rows: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
     if not plain.all():
         cut = ~plain
         kept = [settings[i] for i, p in zip(random, plain.tolist(), strict=True) if not p]
-        chosen[cut] = _draw_truncated(scaled[cut], uniform[cut], kept).cpu()
+        mass, ids = _truncated(scaled[cut], kept)
+        position = _inverse(mass, uniform[cut])
+        chosen[cut] = ids.gather(1, position[:, None])[:, 0].cpu()
     tokens[random] = chosen.to(tokens.device)
     return tokens.tolist()
+
+
+def distributions(adjusted: Tensor, rows: SequenceOf[Row]) -> Tensor:
+    """The laws ``[rows, vocabulary]`` that :func:`draw` draws from; greedy ones are one-hot."""
+    settings = [row.sequence.request.sampling for row in rows]
+    laws = torch.zeros_like(adjusted)
+    greedy = [i for i, s in enumerate(settings) if is_greedy(s)]
+    laws[greedy, adjusted[greedy].argmax(dim=-1)] = 1.0
+    plain = [i for i, s in enumerate(settings) if not is_greedy(s) and not _truncates(s)]
+    laws[plain] = _scaled(adjusted, settings, plain).softmax(dim=-1)
+    cut = [i for i, s in enumerate(settings) if not is_greedy(s) and _truncates(s)]
+    if cut:
+        scaled = _scaled(adjusted, settings, cut)
+        mass, ids = _truncated(scaled, [settings[i] for i in cut])
+        laws[cut] = torch.zeros_like(scaled).scatter_(1, ids, mass)
+    return laws
+
+
+def _scaled(adjusted: Tensor, settings: list[SamplingParameters], rows: list[int]) -> Tensor:
+    temperature = torch.tensor([settings[i].temperature for i in rows])
+    return adjusted[rows] / temperature[:, None].to(adjusted.device)
 
 
 def _truncates(sampling: SamplingParameters) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
 
 
-def _draw_truncated(
-    logits: Tensor, uniform: Tensor, settings: SequenceOf[SamplingParameters]
-) -> Tensor:
-    """Draw from the tokens that top-k, top-p and min-p leave; ``logits [rows, vocabulary]``.
+def _truncated(logits: Tensor, settings: SequenceOf[SamplingParameters]) -> tuple[Tensor, Tensor]:
+    """Probabilities and ids of the tokens that top-k, top-p and min-p leave, 0 for the others.
 
-    Each limit is applied to the distribution that the one before it left, as in transformers.
+    ``logits`` is ``[rows, vocabulary]``; both results have as many columns as were looked at. Each
+    limit is applied to the distribution that the one before it left, as in transformers.
     """
     vocabulary = logits.shape[1]
 
@@ -196,8 +153,7 @@ def _draw_truncated(
     keep = in_top_k & ((before < top_p) | (top_p >= 1.0) | (rank == 0))
     keep &= probabilities >= min_p * probabilities[:, :1]
     kept = probabilities * keep
-    position = _inverse(kept / kept.sum(dim=-1, keepdim=True), uniform)
-    return ids.gather(1, position[:, None])[:, 0]
+    return kept / kept.sum(dim=-1, keepdim=True), ids
 
 
 def _inverse(probabilities: Tensor, uniform: Tensor) -> Tensor:

@@ -60,6 +60,20 @@ class TokenBudgetScheduler:
         """Whether a step would compute something."""
         return bool(self._queues.running or self._queues.waiting)
 
+    def prompt_tokens(self, limit: int) -> int:
+        """Tokens of prompts, ``limit`` at most, that the next step could compute."""
+        total = 0
+        for sequence in self.sequences():
+            if total >= limit:
+                break
+            if sequence.num_pending > 1:
+                total += sequence.num_pending
+        return min(total, limit)
+
+    def decoding(self) -> list[Sequence]:
+        """Sequences that have begun to answer and own pages."""
+        return [s for s in self._queues.running if s.num_pending == 1 and s.num_generated]
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind all others."""
         self._queues.waiting.append(sequence)
@@ -79,9 +93,9 @@ class TokenBudgetScheduler:
         copies, self._copies = tuple(self._copies), []
         return StepPlan(tuple(segments), self.cache.page_size, copies)
 
-    def computed(self, segment: Segment) -> None:
-        """Record that a segment's keys and values are in the cache."""
-        segment.sequence.num_computed = segment.stop
+    def computed(self, segment: Segment, accepted: int = 0) -> None:
+        """Record that keys and values of a segment, and of accepted drafts, are in the cache."""
+        segment.sequence.num_computed = segment.stop + accepted
         self.cache.publish(segment.sequence, computed_before=segment.start)
 
     def fork(self, parent: Sequence) -> list[Sequence]:
@@ -125,10 +139,16 @@ class TokenBudgetScheduler:
         return self.policy.fill(budget, self._decode, self._prefill)
 
     def _preempt_last(self) -> None:
-        sequence, _ = self._queues.running.popitem()
-        self.cache.release(sequence)
-        sequence.pooled = None
-        self._queues.waiting.appendleft(sequence)
+        last, _ = self._queues.running.popitem()
+        pair = [last]
+        if last.partner in self._queues.running:
+            # Together: neither gets anywhere without the other, but its pages would be missing.
+            del self._queues.running[last.partner]
+            pair = [last, last.partner] if last.follows else [last.partner, last]
+        for sequence in pair:  # the leader comes first again
+            self.cache.release(sequence)
+            sequence.pooled = None
+            self._queues.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
     def _dequeue(self, sequence: Sequence) -> None:

@@ -10,6 +10,7 @@ the cache. Whether it prefills or decodes follows from it and is never stored.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anabranch.serving.adapters import ServedAdapter
+    from anabranch.serving.constraints import CompiledConstraint, ConstraintState
+    from anabranch.serving.contrast.pairs import Contrast
     from anabranch.serving.detokenizer import Detokenizer
+    from anabranch.serving.speculation.proposal import Proposal
 
 SegmentKind = Literal["prefill", "decode"]
 
@@ -36,6 +40,12 @@ class Request:
     """Return the mean of the last hidden states over the prompt instead of generating."""
     adapter: ServedAdapter | None = None
     """The adapter on top of the base model, in the version that the request started with."""
+    constraint: CompiledConstraint | None = None
+    """``sampling.constraint`` for this model's tokenizer."""
+    contrast: Contrast | None = None
+    """A prompt without what the answer should follow, whose habits are subtracted."""
+    prediction: SequenceOf[int] = ()
+    """``sampling.prediction`` in tokens: what the answer may repeat."""
 
 
 class Recorder(Protocol):
@@ -88,11 +98,37 @@ class Sequence:
     """[hidden]: sum of last hidden states so far; only for pooling requests."""
     recorder: Recorder | None = None
     """Only for sequences that are trained on; nothing is sampled from them."""
+    constraint: ConstraintState | None = None
+    """Where the answer is in the language that it must be from."""
+    failure: str | None = None
+    """Why it cannot go on, if that shows before its next token is drawn."""
+    partner: Sequence | None = None
+    """The companion of a sequence that is contrasted, and the other way round."""
+    follows: bool = False
+    """Whether it is the companion: its tokens are chosen by its partner."""
+    draft: Proposal | None = None
+    """What may follow, to be verified in the coming step; only while that step runs."""
+    _uniforms: deque[float] = field(default_factory=deque)
+    """Drawn ahead for drafted tokens."""
 
     def __post_init__(self) -> None:
         seed = self.request.sampling.seed
         if seed is not None:
             self.random.seed(f"{seed}/{self.index}")
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number of the next token, or of the one so many tokens ahead of it."""
+        while len(self._uniforms) <= ahead:
+            self._uniforms.append(self.random.random())
+        return self._uniforms[ahead]
+
+    def append(self, token: int) -> None:
+        """Take a token that was chosen."""
+        self.tokens.append(token)
+        if self._uniforms:
+            self._uniforms.popleft()
+        if self.token_counts is not None:
+            self.token_counts[1, token] += 1
 
     @property
     def prompt_length(self) -> int:
@@ -112,25 +148,43 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens ``[start, stop)`` of a sequence, to be computed in one step."""
+    """Tokens ``[start, stop)`` of a sequence, to be computed in one step, and drafts after them.
+
+    The nodes of ``draft`` from ``first_node`` on are computed, too; those before it have been.
+    Keys and values of node i go where token ``stop + i`` of the sequence would have its own.
+    """
 
     sequence: Sequence
     start: int
     stop: int
+    draft: Proposal | None = None
+    first_node: int = 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Drafted tokens that are computed."""
+        return len(self.draft) - self.first_node if self.draft else 0
 
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return self.stop - self.start
+        return self.stop - self.start + self.num_nodes
+
+    @property
+    def context(self) -> int:
+        """Places in the cache up to and including the segment."""
+        return self.stop + (len(self.draft) if self.draft else 0)
 
     @property
     def kind(self) -> SegmentKind:
         """``decode`` for the newest generated token, ``prefill`` for anything else."""
-        decoding = self.length == 1 and self.start >= self.sequence.prompt_length
+        decoding = self.stop - self.start <= 1 and self.start >= self.sequence.prompt_length
         return "decode" if decoding else "prefill"
 
     @property
-    def wants_logits(self) -> bool:
-        """Only the row of a sequence's last token is ever sampled."""
+    def num_logits(self) -> int:
+        """Rows at the segment's end that somebody reads: of the last token, and of all drafts."""
         sampled = self.sequence.recorder is None and not self.sequence.request.pooling
-        return sampled and self.stop == len(self.sequence.tokens)
+        if not sampled or self.stop < len(self.sequence.tokens):
+            return 0
+        return min(1, self.stop - self.start) + self.num_nodes

@@ -86,10 +86,13 @@ class SimulatedRunner:
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Nothing to copy."""
 
+    def move_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Nothing to move."""
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Advance the clock."""
         self._clock.advance(self._cost.predict(plan.num_tokens, plan.num_context))
-        rows = sum(segment.wants_logits for segment in plan.segments)
+        rows = sum(segment.num_logits for segment in plan.segments)
         logits = torch.zeros(rows, self.vocabulary)
         pooling = [i for i, s in enumerate(plan.segments) if s.sequence.request.pooling]
         return StepResult(logits, {index: torch.zeros(1) for index in pooling})

@@ -31,7 +31,7 @@ class TokenSource(ABC):
 
 
 class DecodeSource(TokenSource):
-    """One token for every running sequence whose prompt is computed."""
+    """One token for every running sequence whose prompt is computed, and its draft."""
 
     def __init__(self, queues: Queues, cache: KVCacheManager) -> None:
         self._queues = queues
@@ -40,17 +40,24 @@ class DecodeSource(TokenSource):
     def demand(self, budget: int) -> list[Segment]:
         """Least recently served first, so that a small budget starves nobody.
 
-        A sequence that needs a page when none is free sits this step out.
+        Drafts get what is left of the budget. A sequence that needs a page when none is free sits
+        this step out.
         """
         ready = [sequence for sequence in self._queues.running if sequence.num_pending == 1]
         if len(ready) > budget:
             ready.sort(key=lambda sequence: sequence.last_turn)
         segments: list[Segment] = []
+        room = max(0, budget - len(ready))
         for sequence in ready:
             if len(segments) == budget:
                 break
-            if self._cache.extend(sequence, len(sequence.tokens)):
-                segments.append(Segment(sequence, sequence.num_computed, len(sequence.tokens)))
+            length = len(sequence.tokens)
+            draft = sequence.draft.first(room) if sequence.draft else None
+            if draft and not self._cache.extend(sequence, length + len(draft)):
+                draft = None
+            if self._cache.extend(sequence, length):
+                segments.append(Segment(sequence, sequence.num_computed, length, draft))
+                room -= len(draft) if draft else 0
         return segments
 
 
@@ -81,6 +88,8 @@ class PrefillSource(TokenSource):
             else:
                 alone = not segments and not begun and not self._queues.waiting
                 take = even_chunk(pending, budget) if alone else min(pending, budget)
+            if not self._cache.extend(sequence, sequence.num_computed + take):
+                continue  # a companion that has fallen behind owns pages for its past only
             segments.append(Segment(sequence, sequence.num_computed, sequence.num_computed + take))
             budget -= take
         return segments

@@ -98,6 +98,9 @@ class Objective(ABC, Generic[Item, MicroBatch]):
         """Figures to log from the totals of a step's (or an evaluation's) ``sums``."""
         return dict(sums)
 
+    unit: str = "tokens"
+    """What :meth:`tokens` counts, as progress shows it."""
+
     def tokens(self, items: Sequence[Item]) -> int:
         """Size of the items, for throughput: tokens, or whatever the objective counts."""
         return len(items)

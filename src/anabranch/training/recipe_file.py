@@ -31,7 +31,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
     values = _absolute(parse_yaml(text, str(path)), path.parent.absolute())
     for override in overrides:
-        values = _override(values, override)
+        values = with_override(values, override)
     return parse_options(Recipe, _absolute(values, Path.cwd()))
 
 
@@ -130,7 +130,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _override(values: Any, override: str) -> dict[str, Any]:
+def with_override(values: Any, override: str) -> dict[str, Any]:
+    """The same values with one ``key.path=value`` (in YAML) put in."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigurationError(f"{override!r} is not key=value, such as train.lr=1e-4")

@@ -122,7 +122,7 @@ class Run:
         left = trainer.total_steps - trainer.steps_done
         trainer.progress(
             f"step {trainer.steps_done}/{trainer.total_steps}  loss {report.loss:.4f}  "
-            f"{report.tokens / report.seconds:,.0f} tokens/s  "
+            f"{report.tokens / report.seconds:,.0f} {trainer.objective.unit}/s  "
             f"{_duration(left * trainer.seconds / trainer.steps_done)} left",
             trainer.steps_done / trainer.total_steps,
         )

@@ -127,6 +127,8 @@ class Trainer(Generic[Item]):
             else build_optimizer(options, self.trainable)
         )
         self.ema = EMA(self.trainable, options.ema) if options.ema is not None else None
+        self.step_items: Sequence[Item] = ()
+        """The items of the step under way, for hooks."""
         self.steps_done = 0
         self.tokens_done = 0
         self.seconds = 0.0
@@ -172,6 +174,7 @@ class Trainer(Generic[Item]):
         if not items:
             raise DataError("a step needs at least one item")
         began = time.perf_counter()
+        self.step_items = items
         self.model.train()
         for hook in self.hooks:
             hook.before_step(self)
@@ -214,6 +217,29 @@ class Trainer(Generic[Item]):
                 f"{skipped}; lower lr ({self.options.lr:g}), clip harder, or look for damaged rows"
             )
         return report
+
+    def gradients_at(
+        self, weights: Mapping[str, Tensor], items: Sequence[Item]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradients of a step from these items at other weights; zero where unused.
+
+        Weights and ``parameter.grad`` are afterwards as before, so that a hook may call it.
+        """
+        parameters = self.trainable.values()
+        kept = [(p, p.detach().clone(), p.grad) for p in parameters]
+        copy_weights(self.trainable, weights)
+        try:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, _ = self._accumulate_gradients(items)
+            return loss, {
+                name: torch.zeros_like(p) if p.grad is None else p.grad
+                for name, p in self.trainable.items()
+            }
+        finally:
+            with torch.no_grad():
+                for parameter, value, gradient in kept:
+                    parameter.copy_(value)
+                    parameter.grad = gradient
 
     def next_items(self) -> list[Item]:
         """The items of the next step, in the run's order."""

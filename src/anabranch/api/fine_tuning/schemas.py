@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from anabranch.api.schemas import Strict, Unsupported
+from anabranch.api.fields import Strict, Unsupported
 
 Auto = Literal["auto"]
 Identifier = Annotated[str, Field(min_length=1, max_length=64)]

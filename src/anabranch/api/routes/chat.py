@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,6 +15,9 @@ from anabranch.api import openapi
 from anabranch.api.answer import Answer
 from anabranch.api.body import read
 from anabranch.api.chunks import ChatChunks, chat_logprobs
+from anabranch.api.fields import joined
+from anabranch.api.guidance import admit, guidance
+from anabranch.api.messages import conversation
 from anabranch.api.responses import ChatCompletion
 from anabranch.api.routes.common import (
     head,
@@ -21,9 +26,14 @@ from anabranch.api.routes.common import (
     sampling_parameters,
     service_of,
 )
-from anabranch.api.schemas import ChatCompletionRequest, ChatMessage
+from anabranch.api.schemas import ChatCompletionRequest
 from anabranch.api.streaming import CollectedChoice, EventStream, collect
+from anabranch.api.tools.chunks import CallChunks
+from anabranch.api.tools.plan import CallPlan, plan
+from anabranch.api.tools.reader import CallReader, whole
 from anabranch.errors import InvalidRequest
+from anabranch.models.constraint import OutputConstraint
+from anabranch.models.protocol import Generation, Model, SamplingParameters
 
 router = APIRouter()
 
@@ -43,21 +53,25 @@ async def create_chat_completion(request: Request) -> Response:
     service = service_of(request)
     body = await read(request, ChatCompletionRequest)
     model = service.model(body.model)
-    sampling = sampling_parameters(body, _max_tokens(body), _logprobs(body))
+    sampling = replace(
+        sampling_parameters(body, _max_tokens(body), _logprobs(body)), prediction=_prediction(body)
+    )
+    calls = plan(body.tools, body.tool_choice, body.parallel_tool_calls is not False)
     timer = service.metrics.timer(model.name, started)
     # Awaited before any response exists, so that a refusal still has its own status.
-    messages = [_message(message) for message in body.messages]
-    answer = await Answer.admit([model.chat(messages, sampling)], sampling.n, timer)
+    answer = await Answer.admit([_start(model, body, sampling, calls)], sampling.n, timer)
+    readers = [calls.reader() for _ in range(sampling.n)] if calls else []
     if body.stream:
         usage = include_usage(body)
-        chunks = ChatChunks(head("chatcmpl", "chat.completion.chunk", model), usage)
+        opening = head("chatcmpl", "chat.completion.chunk", model)
+        chunks = CallChunks(opening, usage, readers) if readers else ChatChunks(opening, usage)
         return EventStream(answer, chunks, usage, service.options.ping_seconds)
     choices = await collect(request, answer)
     return json_response(
         {
             **head("chatcmpl", "chat.completion", model),
             "choices": [
-                _choice(i, choice, sampling.logprobs is not None)
+                _choice(i, choice, readers[i] if readers else None, sampling.logprobs is not None)
                 for i, choice in enumerate(choices)
             ],
             "usage": answer.usage(),
@@ -65,23 +79,46 @@ async def create_chat_completion(request: Request) -> Response:
     )
 
 
-def _choice(index: int, choice: CollectedChoice, logprobs: bool) -> dict[str, Any]:
+def _start(
+    model: Model, body: ChatCompletionRequest, sampling: SamplingParameters, calls: CallPlan | None
+) -> Awaitable[Generation]:
+    messages = conversation(body.messages)
+    asked = guidance(
+        body.response_format,
+        body.constraint,
+        calls.guidance if calls else None,
+        ignore_eos=bool(body.ignore_eos),
+    )
+
+    def start(constraint: OutputConstraint | None) -> Awaitable[Generation]:
+        guided = replace(sampling, constraint=constraint)
+        if calls is None:
+            return model.chat(messages, guided)
+        return model.chat(messages, guided, tools=calls.tools, opening=calls.opening)
+
+    return admit(start, asked)
+
+
+def _choice(
+    index: int, choice: CollectedChoice, reader: CallReader | None, logprobs: bool
+) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    reason: str | None = choice.finish_reason
+    if reader is not None and choice.finish_reason is not None:
+        message["content"], calls = whole(reader, choice.text)
+        if calls:
+            message["tool_calls"] = calls
+        reason = reader.finish_reason(choice.finish_reason)
     return {
         "index": index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "message": message,
         "logprobs": chat_logprobs(choice.logprobs) if logprobs else None,
-        "finish_reason": choice.finish_reason,
+        "finish_reason": reason,
     }
 
 
-def _message(message: ChatMessage) -> dict[str, str]:
-    content = message.content
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    role = "system" if message.role == "developer" else message.role
-    turn = {"role": role, "content": text}
-    if message.name is not None:
-        turn["name"] = message.name
-    return turn
+def _prediction(body: ChatCompletionRequest) -> str | None:
+    return joined(body.prediction.content) or None if body.prediction else None
 
 
 def _max_tokens(body: ChatCompletionRequest) -> int | None:

@@ -14,7 +14,7 @@ from anabranch.api.middleware.api_keys import OWNER
 from anabranch.api.schemas import Generate
 from anabranch.api.service import Service
 from anabranch.errors import InvalidRequest
-from anabranch.models.protocol import Model, SamplingParameters
+from anabranch.models.protocol import ContrastParameters, Model, SamplingParameters
 
 
 def service_of(request: Request) -> Service:
@@ -32,7 +32,10 @@ def owner_of(request: Request) -> str | None:
 def sampling_parameters(
     body: Generate, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParameters:
-    """The request's fields, with OpenAI's defaults for what is absent or null."""
+    """The request's fields, with OpenAI's defaults for what is absent or null.
+
+    A constraint is not among them: it is chosen when the model admits the request.
+    """
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options", "is only possible with stream: true")
     given = {
@@ -54,6 +57,7 @@ def sampling_parameters(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+        contrast=ContrastParameters(**body.contrast.model_dump()) if body.contrast else None,
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,6 +16,7 @@ from anabranch.api import openapi
 from anabranch.api.answer import Answer
 from anabranch.api.body import read
 from anabranch.api.chunks import CompletionChunks, LogprobColumns
+from anabranch.api.guidance import admit, guidance
 from anabranch.api.responses import Completion
 from anabranch.api.routes.common import (
     head,
@@ -24,6 +28,8 @@ from anabranch.api.routes.common import (
 from anabranch.api.schemas import CompletionRequest
 from anabranch.api.streaming import CollectedChoice, EventStream, collect
 from anabranch.errors import InvalidRequest
+from anabranch.models.constraint import OutputConstraint
+from anabranch.models.protocol import Generation
 
 router = APIRouter()
 
@@ -51,8 +57,15 @@ async def create_completion(request: Request) -> Response:
     sampling = sampling_parameters(body, body.max_tokens or DEFAULT_MAX_TOKENS, body.logprobs)
     prompts = split(body.prompt)
     echoes = _echoes(body, prompts, sampling.n)
+    asked = guidance(None, body.constraint, ignore_eos=bool(body.ignore_eos))
     timer = service.metrics.timer(model.name, started)
-    starts = [model.complete(prompt, sampling) for prompt in prompts]
+
+    def start(
+        prompt: str | list[int], constraint: OutputConstraint | None
+    ) -> Awaitable[Generation]:
+        return model.complete(prompt, replace(sampling, constraint=constraint))
+
+    starts = [admit(partial(start, prompt), asked) for prompt in prompts]
     answer = await Answer.admit(starts, sampling.n, timer)
     if body.stream:
         usage = include_usage(body)

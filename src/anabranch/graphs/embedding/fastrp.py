@@ -6,12 +6,10 @@ Projection" (CIKM 2019).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from anabranch.errors import MissingExtra
-from anabranch.files import replacing
+from anabranch.graphs import saved
 from anabranch.graphs.convert import as_graph
 from anabranch.graphs.embedding.products import add_rows, multiply
 from anabranch.graphs.embedding.projection import projection
@@ -154,22 +152,12 @@ class FastRP(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             "powers": len(self.powers_),
             "nodes": self.n_features_in_,
         }
-        with replacing(Path(path)) as draft, draft.open("wb") as file:
-            np.savez(file, facts=json.dumps(facts, default=list), **arrays)
+        saved.save(path, facts, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """The estimator that :meth:`save` wrote."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                facts = json.loads(str(file["facts"]))
-                arrays = {name: file[name] for name in file if name != "facts"}
-        except FileNotFoundError:
-            raise GraphError(f"there is no file {path}") from None
-        except Exception as error:  # zip, json and numpy each raise their own
-            raise GraphError(f"{path} is no saved FastRP: {error}") from None
-        if facts.get("format") != _FORMAT:
-            raise GraphError(f"{path} has the format {facts.get('format')}, not {_FORMAT}")
+        facts, arrays = saved.load(path, "FastRP", _FORMAT)
         found = cls(**facts["parameters"])
         found.n_features_in_ = facts["nodes"]
         found.embedding_ = arrays["embedding"]

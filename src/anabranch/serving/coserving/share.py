@@ -7,7 +7,6 @@ and backward units after it, each as long as its fitted cost allows.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable
 
@@ -22,9 +21,13 @@ UNKNOWN = 32
 IDLE_SECONDS = 0.25
 """Enough rows for efficient products, and not much of the time to a first token."""
 SLOWDOWN = 0.25
+"""How much slower requests may become on average where no target is set."""
 SAVED_STEPS = 20
+"""Of so many steps at most what was not used is kept."""
 ON_TIME = 0.99
+"""Of the steps that requests decode in, where a target is set."""
 LEAST_PART = 0.2
+"""Of what inference leaves of the target: fine-tuning always goes on."""
 ADAPTATION = 0.1
 """How far a step that is late moves the allowance, as a part of the target."""
 
@@ -138,7 +141,5 @@ def _largest(cost: Callable[[int], float], limit: int, seconds: float) -> int:
 
     Costs grow with the rows, so that the answer is found by bisection.
     """
-    if not math.isfinite(seconds):
-        return limit
     rows = bisect_right(range(limit + 1), seconds, key=cost) - 1
     return rows if rows >= min(SMALLEST, limit) else 0

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from anabranch.errors import AdapterError
 from anabranch.serving.coserving.pack import Pack, Span
 from anabranch.serving.coserving.trainee import Trainee
-from anabranch.serving.runner.paged_attention import AttentionPlan, attention
+from anabranch.serving.runner.paged_attention import AttentionCall, AttentionPlan, attention
 from anabranch.training.head import token_nll
 
 TOLERANCE = 0.05
@@ -50,20 +50,12 @@ class WindowPlan(AttentionPlan):
     """``[1, kv_heads, n, head_dim]`` of the window, with a gradient."""
     values: Tensor = field(init=False)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Sequence by sequence."""
-        self.keys, self.values = key, value
-        repeats = query.shape[1] // key.shape[1]
-        key, value = _rounded(key, self.dtype), _rounded(value, self.dtype)
+        query = call.query
+        self.keys, self.values = call.key, call.value
+        repeats = query.shape[1] // call.key.shape[1]
+        key, value = _rounded(call.key, self.dtype), _rounded(call.value, self.dtype)
         first = self.spans[0].start
         outputs = []
         for number, span in enumerate(self.spans):
@@ -75,13 +67,14 @@ class WindowPlan(AttentionPlan):
             keys = keys.repeat_interleave(repeats, dim=0)[None]
             values = values.repeat_interleave(repeats, dim=0)[None]
             queries = query[:, :, rows]
-            if softcap is None and queries.shape[2] == keys.shape[2] and window is None:
+            whole = queries.shape[2] == keys.shape[2]
+            if whole and call.softcap is None and call.window is None:
                 attended = F.scaled_dot_product_attention(
-                    queries, keys, values, is_causal=True, scale=scaling
+                    queries, keys, values, is_causal=True, scale=call.scaling
                 )
             else:
-                mask = _mask(queries.shape[2], keys.shape[2], window, query)
-                attended = attention(queries, keys, values, mask, scaling, softcap)
+                mask = _mask(queries.shape[2], keys.shape[2], call.window, query)
+                attended = attention(queries, keys, values, mask, call)
             outputs.append(attended[0].transpose(0, 1))  # [n, heads, head_dim]
         return torch.cat(outputs)[None]
 

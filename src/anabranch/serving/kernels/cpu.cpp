@@ -490,16 +490,24 @@ void soften(float* scores, int64_t start, int64_t stop, int64_t width, float* ac
 struct Shape {
   int64_t heads, kv_heads, D, P, pages, table_width, window;
   float scale;
+  const int64_t* visible;  // for each packed row the nodes of its tree that it sees, or null
 };
+
+// Hides the nodes of a drafted tree, the first of which is key `root`, that a row does not see.
+void hide(float* scores, int64_t width, int64_t root, int64_t visible) {
+  for (int64_t j = std::max<int64_t>(0, root); j < std::min(width, root + 63); j++)
+    if (!(visible >> (j - root) & 1)) scores[j] = NEGATIVE_INFINITY;
+}
 
 constexpr int64_t QUERIES = 24;  // query rows (positions x heads of a group) of one task
 constexpr int64_t KEYS = 256;    // keys that are softened together, from a multiple of 256 on
 
 // Attention of `count` positions of one sequence, starting at packed row `first`, for one key head.
+// The nodes of a drafted tree begin at position `root`.
 template <typename Cache>
 void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* values,
-            const int64_t* table, int64_t first, int64_t position, int64_t count, int64_t kv_head,
-            float* out) {
+            const int64_t* table, int64_t first, int64_t position, int64_t count, int64_t root,
+            int64_t kv_head, float* out) {
   int64_t repeats = s.heads / s.kv_heads, rows = count * repeats, D = s.D, P = s.P;
   int64_t width = (s.heads + 2 * s.kv_heads) * D, block = std::max<int64_t>(1, KEYS / P);
   int64_t stride = block * P;
@@ -518,7 +526,7 @@ void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* va
   auto keys_of = [&](int64_t page) { return keys + (kv_head * s.pages + table[page]) * P * D; };
   auto values_of = [&](int64_t page) { return values + (kv_head * s.pages + table[page]) * P * D; };
   int64_t pages = (position + count - 1) / P + 1;
-  int64_t oldest = s.window > 0 ? std::max<int64_t>(0, position - s.window + 1) : 0;
+  int64_t oldest = s.window > 0 ? std::max<int64_t>(0, std::min(position, root) - s.window + 1) : 0;
   for (int64_t base = oldest / stride * block; base < pages; base += block) {
     int64_t end = std::min(pages, base + block), seen = (end - base) * P;
     for (int64_t page = base; page < end; page++) {
@@ -533,8 +541,14 @@ void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* va
       });
     }
     for (int64_t r = 0; r < rows; r++) {
-      int64_t here = position + r / repeats - base * P;  // sees keys (here - window, here]
-      int64_t start = s.window > 0 ? std::max<int64_t>(0, here - s.window + 1) : 0;
+      // A row sees keys (newest - window, here].
+      int64_t here = position + r / repeats - base * P, newest = here;
+      int64_t visible = s.visible ? s.visible[first + r / repeats] : -1;
+      if (visible != -1) {  // other branches of the tree may lie between it and its parent
+        newest = root - base * P - 1 + __builtin_popcountll(visible);
+        hide(scores + r * stride, seen, root - base * P, visible);
+      }
+      int64_t start = s.window > 0 ? std::max<int64_t>(0, newest - s.window + 1) : 0;
       soften(scores + r * stride, std::min(start, seen), std::min(seen, here + 1), seen,
              acc + r * D, D, most[r], total[r]);
     }
@@ -561,12 +575,12 @@ void attend(const Shape& s, const float* qkv, const Cache* keys, const Cache* va
 //
 // qkv[N, (heads + 2 kv_heads) D] is changed in place. cosine, sine[N, D]. Caches: keys
 // [kv_heads, pages, D, P] with the tokens of a page side by side, values [kv_heads, pages, P, D].
-// slots[N]; query_start[S + 1], context[S], tables[S, width] as in PackedBatch.
+// slots[N]; query_start[S + 1], context[S], tables[S, width], roots[S] as in PackedBatch.
 template <typename Cache>
 void attention_of(Tensor& out, Tensor& qkv, const Tensor& cosine, const Tensor& sine, Tensor& keys,
                   Tensor& values, const Tensor& slots, const Tensor& query_start,
-                  const Tensor& context, const Tensor& tables, const Shape& s, const float* q_norm,
-                  const float* k_norm, float eps) {
+                  const Tensor& context, const Tensor& tables, const int64_t* roots, const Shape& s,
+                  const float* q_norm, const float* k_norm, float eps) {
   int64_t N = qkv.size(0), D = s.D, P = s.P, width = qkv.size(1);
   float* X = qkv.data_ptr<float>();
   const float *C = cosine.data_ptr<float>(), *Z = sine.data_ptr<float>();
@@ -607,22 +621,25 @@ void attention_of(Tensor& out, Tensor& qkv, const Tensor& cosine, const Tensor& 
   for_each_task(tasks.size(), [&](int64_t i) {
     const Task& t = tasks[i];
     attend<Cache>(s, X, K, V, table + t.segment * s.table_width, t.first, t.position, t.count,
-                  t.kv_head, O);
+                  roots ? roots[t.segment] : seen[t.segment], t.kv_head, O);
   });
 }
 
 Tensor attention(Tensor qkv, const Tensor& cosine, const Tensor& sine, Tensor keys, Tensor values,
                  const Tensor& slots, const Tensor& query_start, const Tensor& context,
-                 const Tensor& tables, int64_t heads, double scale, int64_t window,
+                 const Tensor& tables, const std::optional<Tensor>& visible,
+                 const std::optional<Tensor>& roots, int64_t heads, double scale, int64_t window,
                  const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
                  double eps) {
-  Shape s{heads,          keys.size(0),   values.size(3), values.size(2),
-          keys.size(1),   tables.size(1), window,         (float)scale};
+  Shape s{heads,        keys.size(0),   values.size(3), values.size(2),
+          keys.size(1), tables.size(1), window,         (float)scale,
+          visible ? visible->data_ptr<int64_t>() : nullptr};
   Tensor out = at::empty({qkv.size(0), heads * s.D}, qkv.options());
   const float* q = q_norm ? q_norm->data_ptr<float>() : nullptr;
   const float* k = k_norm ? k_norm->data_ptr<float>() : nullptr;
   auto run = keys.scalar_type() == at::kBFloat16 ? attention_of<at::BFloat16> : attention_of<float>;
-  run(out, qkv, cosine, sine, keys, values, slots, query_start, context, tables, s, q, k,
+  const int64_t* root = roots ? roots->data_ptr<int64_t>() : nullptr;
+  run(out, qkv, cosine, sine, keys, values, slots, query_start, context, tables, root, s, q, k,
       (float)eps);
   return out;
 }
@@ -759,8 +776,9 @@ TORCH_LIBRARY(anabranch, m) {
       "add_lora(Tensor(a!) y, Tensor x, Tensor blocks, Tensor[] a, Tensor[] b, int[] offsets) -> ()");
   m.def(
       "attention(Tensor(a!) qkv, Tensor cosine, Tensor sine, Tensor(b!) keys, Tensor(c!) values, "
-      "Tensor slots, Tensor query_start, Tensor context, Tensor tables, int heads, float scale, "
-      "int window, Tensor? q_norm, Tensor? k_norm, float eps) -> Tensor");
+      "Tensor slots, Tensor query_start, Tensor context, Tensor tables, Tensor? visible, "
+      "Tensor? roots, int heads, float scale, int window, Tensor? q_norm, Tensor? k_norm, "
+      "float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(anabranch, CPU, m) {

@@ -108,6 +108,8 @@ def attention(
     query_start: Tensor,
     context: Tensor,
     tables: Tensor,
+    visible: Tensor | None,
+    roots: Tensor | None,
     heads: int,
     scale: float,
     window: int,
@@ -118,7 +120,8 @@ def attention(
     """Rotate ``qkv [N, (heads + 2 kv_heads) D]``, write keys and values to slots, attend.
 
     Caches: keys ``[kv_heads, pages, D, P]``, values ``[kv_heads, pages, P, D]``. ``window`` 0 sees
-    the whole context. Returns ``[N, heads D]``.
+    the whole context; else it is larger than a drafted tree is deep. ``visible`` and ``roots`` are
+    those of :class:`~anabranch.serving.batch.Trees`. Returns ``[N, heads D]``.
     """
     kv_heads, _, page_size, head_dim = values.shape
     parts = qkv.view(len(qkv), -1, head_dim)
@@ -135,14 +138,20 @@ def attention(
         pages = tables[index, : -(-seen // page_size)]
         past_keys = keys[:, pages].transpose(2, 3).flatten(1, 2)[:, :seen].float()
         past_values = values[:, pages].flatten(1, 2)[:, :seen].float()
-        positions = torch.arange(seen - int(stop - start), seen)
-        distance = positions[:, None] - torch.arange(seen)
-        visible = (distance >= 0) & ((distance < window) if window else True)
+        places, past = torch.arange(seen - int(stop - start), seen), torch.arange(seen)
+        sees = places[:, None] >= past
+        if visible is not None and roots is not None:
+            nodes, bits = past - roots[index], visible[start:stop, None]
+            sees &= (nodes < 0) | (bits >> nodes.clamp(0, 63) & 1 == 1)
+            depth = (bits >> torch.arange(63) & 1).sum(dim=1)
+            places = torch.where(bits[:, 0] == -1, places, roots[index] - 1 + depth)
+        if window:
+            sees &= places[:, None] - past < window
         attended = F.scaled_dot_product_attention(
             query[start:stop].transpose(0, 1)[None],
             past_keys[None],
             past_values[None],
-            attn_mask=visible,
+            attn_mask=sees,
             scale=scale,
             enable_gqa=True,
         )

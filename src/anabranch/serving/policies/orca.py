@@ -20,4 +20,4 @@ class Orca(Policy):
     def fill(self, budget: int, decode: TokenSource, prefill: TokenSource) -> list[Segment]:
         """Decodes, then prompts up to the rest of the budget (at least one)."""
         segments = decode.demand(budget)
-        return segments + prefill.demand(max(1, budget - len(segments)))
+        return segments + prefill.demand(max(1, budget - sum(s.length for s in segments)))

@@ -19,4 +19,4 @@ class SplitFuse(Policy):
     def fill(self, budget: int, decode: TokenSource, prefill: TokenSource) -> list[Segment]:
         """Never more than the budget, and exactly the budget while prompts wait."""
         segments = decode.demand(budget)
-        return segments + prefill.demand(budget - len(segments))
+        return segments + prefill.demand(budget - sum(s.length for s in segments))

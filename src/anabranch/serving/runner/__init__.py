@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from anabranch.serving.adapters import AdapterCheckpoint
 from anabranch.serving.batch import PageCopy, StepPlan, StepResult
 
-__all__ = ["DifferentiableRunner", "ModelRunner"]
+__all__ = ["DifferentiableRunner", "LayeredRunner", "ModelRunner"]
 
 
 class ModelRunner(Protocol):
@@ -47,11 +47,28 @@ class ModelRunner(Protocol):
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy pages as they are now: all sources are read before any target is written."""
 
+    def move_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the keys and values of tokens: all sources are read before any target is written.
+
+        A slot is ``page * page_size + offset``.
+        """
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's segments: write their keys and values, return the wanted rows."""
 
     def clear_pages(self, pages: Sequence[int]) -> None:
         """Overwrite pages with zeros, so that bad values cannot reach their next owner."""
+
+
+@runtime_checkable
+class LayeredRunner(ModelRunner, Protocol):
+    """A runner that can stop after some of its layers."""
+
+    def first_layers(self, layers: int) -> ModelRunner:
+        """The same weights and caches, but the head follows after so many layers.
+
+        Raises :class:`ConfigurationError` if the model does not have more layers than that.
+        """
 
 
 @runtime_checkable

@@ -12,18 +12,20 @@ those.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anabranch.errors import AdapterError, ModelUnsupported
+from anabranch.errors import AdapterError, ConfigurationError, ModelUnsupported
 from anabranch.serving import kernels
 from anabranch.serving.adapters import AdapterCheckpoint, LowRank
 from anabranch.serving.adapters.checkpoint import low_rank_layers, why_not_low_rank
@@ -131,6 +133,16 @@ class FusedRunner:
         """Nothing but the last batch still holds it."""
         self._lora = None
 
+    def first_layers(self, layers: int) -> FusedRunner:
+        """Shares everything. Call it once the caches are there."""
+        if not 1 <= layers < len(self._layers):
+            raise ConfigurationError(
+                f"the draft layers must be between 1 and {len(self._layers) - 1}, not {layers}"
+            )
+        runner = copy.copy(self)
+        runner._layers = self._layers[:layers]
+        return runner
+
     def training_base(self) -> PreTrainedModel:
         """The model's modules, with the packed weights in place of their own."""
         if self._template is None:
@@ -175,6 +187,14 @@ class FusedRunner:
         """Zero the keys and values of pages."""
         for cache in (*self._keys, *self._values):
             cache[:, list(pages)] = 0
+
+    def move_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the keys and values of tokens in every layer."""
+        page, offset = np.divmod(sources, self.page_size)
+        to_page, to_offset = np.divmod(targets, self.page_size)
+        for keys, values in zip(self._keys, self._values, strict=True):
+            keys[:, to_page, :, to_offset] = keys[:, page, :, offset]
+            values[:, to_page, to_offset] = values[:, page, offset]
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -242,6 +262,7 @@ class FusedRunner:
             torch.from_numpy(batch.query_start),
             torch.from_numpy(batch.context),
             torch.from_numpy(batch.block_tables),
+            *(batch.trees or (None, None)),
         )
         delta = None
         for index, layer in enumerate(self._layers):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +45,23 @@ class LayerCache:
         return _gather(self.keys, pages, segments), _gather(self.values, pages, segments)
 
 
+class GroupTrees(NamedTuple):
+    """What the queries of a group see of drafted trees; see :class:`Trees`."""
+
+    positions: Tensor
+    """[S, Q], which are not their places"""
+    visible: Tensor
+    """[S, Q]"""
+    roots: Tensor
+    """[S]"""
+
+    def sees(self, keys: Tensor) -> Tensor:
+        """Whether a query's tree lets it see each of ``keys [K]``: ``[S, Q, K]``."""
+        nodes = keys - self.roots[:, None]  # [S, K]
+        bits = self.visible[:, :, None] >> nodes.clamp(0, 63)[:, None] & 1
+        return (nodes < 0)[:, None] | (bits == 1)
+
+
 @dataclass
 class Group:
     """Segments of similar shape, padded to ``[S, Q]`` queries and ``[S, K]`` keys."""
@@ -54,43 +72,53 @@ class Group:
     """[S * Q] bool, False for padding"""
     pages: Tensor
     """[S * pages] flattened block tables"""
-    positions: Tensor
-    """[S, Q] position of each query"""
+    places: Tensor
+    """[S, Q] place of each query among its sequence's keys"""
     num_keys: int
+    trees: GroupTrees | None = None
     masks: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
         """Additive mask ``[S, 1, repeats * Q, K]``, made once per step for all layers."""
         key = (window, repeats, dtype)
         if key not in self.masks:
-            keys = torch.arange(self.num_keys, device=self.positions.device)
-            distance = self.positions[:, :, None] - keys  # [S, Q, K]
-            visible = distance >= 0
+            keys = torch.arange(self.num_keys, device=self.places.device)
+            visible = self.places[:, :, None] >= keys  # [S, Q, K]
+            positions = self.places
+            if self.trees is not None:
+                visible &= self.trees.sees(keys)
+                positions = self.trees.positions
             if window is not None:
-                visible &= distance < window
+                visible &= positions[:, :, None] - keys < window
             mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             mask.masked_fill_(~visible, float("-inf"))
             self.masks[key] = mask.repeat(1, repeats, 1)[:, None]
         return self.masks[key]
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer asks of its attention, after the rotation."""
+
+    layer: int
+    query: Tensor
+    """``[1, heads, N, D]``"""
+    key: Tensor
+    """``[1, kv_heads, N, D]``"""
+    value: Tensor
+    """``[1, kv_heads, N, D]``"""
+    scaling: float | None
+    window: int | None
+    """How many tokens a query sees; None for all."""
+    softcap: float | None
+
+
 class AttentionPlan(ABC):
     """How the layers attend in one pass; reaches the attention function as ``plan=``."""
 
     @abstractmethod
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """``query [1, heads, N, D]``, ``key`` and ``value [1, kv_heads, N, D]`` after the
-        rotation; returns ``[1, N, heads, D]``. ``window`` is how many tokens a query sees.
-        """
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Returns ``[1, N, heads, D]``."""
 
 
 @dataclass
@@ -101,33 +129,25 @@ class PagedPlan(AttentionPlan):
     groups: list[Group]
     caches: list[LayerCache]
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Segments never see each other."""
-        cache = self.caches[layer]
-        cache.write(self.slots, key[0], value[0])
+        query, value = call.query, call.value
+        cache = self.caches[call.layer]
+        cache.write(self.slots, call.key[0], value[0])
 
         heads, tokens = query.shape[1:3]
-        kv_heads = key.shape[1]
+        kv_heads = call.key.shape[1]
         repeats = heads // kv_heads
         output = query.new_empty(tokens, heads, value.shape[3])
         for group in self.groups:
-            segments, width = group.positions.shape
+            segments, width = group.places.shape
             rows = query[0].transpose(0, 1)[group.rows]  # [S * Q, heads, head_dim]
             # Query heads that share a key head become further queries of it: keys are not repeated.
             grouped = rows.view(segments, width, kv_heads, repeats, -1)
             grouped = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, kv_heads, repeats * Q, D]
             keys, values = cache.read(group.pages, segments)
-            mask = group.mask(window, repeats, query.dtype)
-            attended = attention(grouped, keys.to(query), values.to(query), mask, scaling, softcap)
+            mask = group.mask(call.window, repeats, query.dtype)
+            attended = attention(grouped, keys.to(query), values.to(query), mask, call)
             attended = attended.unflatten(2, (repeats, width)).permute(0, 3, 1, 2, 4)
             attended = attended.reshape(segments * width, heads, -1)  # [S * Q, heads, head_dim]
             output[group.rows[group.valid]] = attended[group.valid]
@@ -148,13 +168,20 @@ def make_plan(batch: PackedBatch, page_size: int, caches: list[LayerCache]) -> P
         valid = np.arange(width) < lengths[members, None]
         rows = batch.query_start[members, None] + offsets
         starts = batch.context[members] - lengths[members]
+        trees = None
+        if batch.trees is not None:
+            index = torch.from_numpy(rows)
+            visible, roots = batch.trees.visible[index], batch.trees.roots[members]
+            trees = GroupTrees(batch.positions[index], visible, roots)
+            trees = GroupTrees(*(part.to(device) for part in trees))
         groups.append(
             Group(
                 rows=torch.from_numpy(rows.reshape(-1)).to(device),
                 valid=torch.from_numpy(valid.reshape(-1)).to(device),
                 pages=torch.from_numpy(batch.block_tables[members, :depth].reshape(-1)).to(device),
-                positions=torch.from_numpy(starts[:, None] + offsets).to(device),
+                places=torch.from_numpy(starts[:, None] + offsets).to(device),
                 num_keys=depth * page_size,
+                trees=trees,
             )
         )
     return PagedPlan(batch.slots, groups, caches)
@@ -175,7 +202,7 @@ def ragged_attention(
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' ``AttentionInterface``.
 
-    See :meth:`AttentionPlan.attend` for the shapes.
+    See :class:`AttentionCall` for the shapes.
     """
     if plan is None:
         raise RuntimeError(
@@ -183,25 +210,21 @@ def ragged_attention(
             "load another copy to call it directly"
         )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    return plan.attend(layer, query, key, value, scaling, sliding_window, softcap), None
+    call = AttentionCall(layer, query, key, value, scaling, sliding_window, softcap)
+    return plan.attend(call), None
 
 
 AttentionInterface.register(NAME, ragged_attention)
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall
 ) -> Tensor:
     """Plain attention ``[S, heads, Q, D]`` under an additive mask, with Gemma's capped scores."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap) + mask
+    if call.softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scaling)
+    scores = query @ key.transpose(2, 3) * (call.scaling or query.shape[-1] ** -0.5)
+    scores = call.softcap * torch.tanh(scores / call.softcap) + mask
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from anabranch import models
 from anabranch.errors import ConfigurationError, ModelUnsupported
 from anabranch.models.progress import Progress, silent
 from anabranch.serving import kernels
@@ -14,6 +15,7 @@ from anabranch.serving.options import EngineOptions
 from anabranch.serving.runner import ModelRunner
 from anabranch.serving.runner.fused import FusedRunner, unsuitable
 from anabranch.serving.runner.transformers import TransformersRunner
+from anabranch.serving.speculation.errors import VocabularyMismatch
 
 if TYPE_CHECKING:
     from anabranch.models import LoadedModel
@@ -57,6 +59,23 @@ def make_runner(
         )
     logger.info("using the transformers runner: %s", reason)
     return TransformersRunner(network, context, options.page_size)
+
+
+def make_draft_runner(
+    name: str, target: LoadedModel, options: EngineOptions, progress: Progress = silent
+) -> ModelRunner:
+    """Load a smaller model that speaks in the target's tokens, and the runner for it.
+
+    Raises :class:`VocabularyMismatch` if it does not.
+    """
+    draft = models.load(
+        name, dtype=target.network.dtype, device=target.network.device, progress=progress
+    )
+    if draft.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        raise VocabularyMismatch(
+            f"{name} has other tokens than {target.name}; a drafter must share its tokenizer"
+        )
+    return make_runner(draft, options, progress)
 
 
 def _not_worth_it(loaded: LoadedModel) -> str | None:

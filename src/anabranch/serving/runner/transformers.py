@@ -131,12 +131,10 @@ class TransformersRunner:
             result = self._execute(model, replace(plan, segments=segments))
             if len(groups) == 1:
                 return result
-            wanting = [index for index in members if plan.segments[index].wants_logits]
-            logits |= zip(wanting, result.logits, strict=True)
+            counts = [plan.segments[index].num_logits for index in members]
+            logits |= zip(members, result.logits.split(counts), strict=True)
             pooled |= {members[index]: vector for index, vector in result.pooled.items()}
-        if not logits:
-            return StepResult(result.logits, pooled)
-        return StepResult(torch.stack([logits[index] for index in sorted(logits)]), pooled)
+        return StepResult(torch.cat([logits[index] for index in sorted(logits)]), pooled)
 
     def _execute(self, model: PreTrainedModel, plan: StepPlan) -> StepResult:
         batch = plan.pack()
@@ -158,6 +156,12 @@ class TransformersRunner:
         for cache in self._caches:
             cache.keys[:, list(pages)] = 0
             cache.values[:, list(pages)] = 0
+
+    def move_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the keys and values of tokens in every layer."""
+        for cache in self._caches:
+            for stored in (cache.keys.flatten(1, 2), cache.values.flatten(1, 2)):
+                stored[:, list(targets)] = stored[:, list(sources)]
 
 
 LayerShape = tuple[int, int, int]

@@ -1,0 +1,1 @@
+"""Rounds per second of our simulation and Flower's on the same federation."""

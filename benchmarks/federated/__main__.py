@@ -1,0 +1,134 @@
+"""Rounds per second: our simulation against Flower's, on the same federation of digits.
+
+    python -m benchmarks.federated [--clients 100] [--steps 1] [--rounds 10] [--trials 3]
+                                   [--json FILE]
+
+Every client takes ``--steps`` SGD steps a round on its share of scikit-learn's digits, the server
+averages. Flower gets an environment of its own (built once) and as many worker processes as this
+process may use cores; we use one. The sides alternate; a side's figure is the median over all
+rounds but the first of each trial, so that starting up counts for neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anabranch.claims.base import machine
+from anabranch.evaluation.testbeds import digits
+from anabranch.federated import splits
+from anabranch.federated.strategies import FedAvg
+from benchmarks.peers.environments import TORCH, Recipe
+
+FLOWER = Recipe("flower", (*TORCH, "flwr[simulation]==1.41.0", "numpy"))
+DRIVER = Path(__file__).with_name("flower_driver.py")
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(1)
+    python = FLOWER.build()
+    cores = len(os.sched_getaffinity(0))
+    split = splits.iid(digits.TRAIN, options.clients)
+    rounds: dict[str, list[float]] = {"anabranch": [], "flower": []}
+    accuracy: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder) / "job.npz"
+        write_job(job, split)
+        for trial in range(options.trials):
+            sides = [
+                ("anabranch", lambda: ours(split, options)),
+                ("flower", lambda: flower(python, job, options, cores)),
+            ]
+            for name, run in sides[:: -1 if trial % 2 else 1]:
+                outcome = run()
+                ended = outcome["ended"]
+                rounds[name] += [b - a for a, b in pairwise(ended[1:])]
+                accuracy[name] = outcome["accuracy"]
+    rates = {name: 1 / statistics.median(seconds) for name, seconds in rounds.items()}
+    ratio = rates["anabranch"] / rates["flower"]
+    for name, rate in rates.items():
+        print(f"{name:10} {rate:8.2f} rounds/s   accuracy {accuracy[name]:.3f}")
+    print(f"ratio      {ratio:8.1f}")
+    if options.json:
+        report = {
+            "machine": machine(),
+            "cores": cores,
+            "flower": FLOWER.requirements[-2],
+            "options": {k: v for k, v in vars(options).items() if k != "json"},
+            "rounds_per_second": rates,
+            "ratio": ratio,
+            "accuracy": accuracy,
+            "round_seconds": rounds,
+        }
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.federated",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args()
+
+
+def write_job(path: Path, split: list[np.ndarray]) -> None:
+    """Data and who owns what, for a process without our package."""
+    train, test = digits.images()
+    np.savez(
+        path,
+        pixels=train.pixels.numpy(),
+        labels=train.labels.numpy(),
+        test_pixels=test.pixels.numpy(),
+        test_labels=test.labels.numpy(),
+        indices=np.concatenate(split),
+        owners=np.repeat(np.arange(len(split)), [len(part) for part in split]),
+    )
+
+
+def ours(split: list[np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
+    model = digits.perceptron()
+    ended = [time.perf_counter()]
+    federation = FedAvg().simulate(
+        model,
+        digits.local(steps=options.steps),
+        digits.sites(split),
+        options.rounds,
+        watch=lambda _: ended.append(time.perf_counter()),
+    )
+    federation.run()
+    return {"ended": ended, "accuracy": digits.watch(model)(federation.coordinator)["accuracy"]}
+
+
+def flower(python: Path, job: Path, options: argparse.Namespace, cores: int) -> dict[str, Any]:
+    command = [python, DRIVER, job, str(options.rounds), str(options.steps), str(cores)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        sys.exit(f"Flower failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    outcome: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT "))
+    if set(outcome["averaged"]) != {options.clients}:
+        print(f"Flower averaged {outcome['averaged']} clients of {options.clients} in its rounds")
+    return outcome
+
+
+if __name__ == "__main__":
+    main()

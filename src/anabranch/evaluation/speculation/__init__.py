@@ -1,0 +1,1 @@
+"""How well speculative decoding works: bounds on acceptance, real laws and traces, their replay."""

@@ -1,0 +1,236 @@
+"""A federation as a file: a fine-tuning recipe, and who learns together how.
+
+::
+
+    federate: dolly-silos
+    recipe: dolly.yaml                  # or a built-in recipe, or its keys right here
+    clients: {count: 8, split: {name: dirichlet, alpha: 0.5, min_size: 20}}
+    strategy: {name: fedprox, mu: 0.01}
+    schedule: {name: sync, rounds: 20, sample: 4}
+    local: {steps: 10}
+    codec: [{name: top_k, keep: 0.1}, {name: quantise, bits: 8}]
+    error_feedback: true
+
+The recipe's data, base, adapter and training options are used; its steps, deployment and
+evaluations are not. All keys are checked before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from anabranch import registry
+from anabranch.errors import ConfigurationError, UnknownName
+from anabranch.federated import splits
+from anabranch.federated.clock import DeviceProfile, log_uniform
+from anabranch.federated.codecs import Chain, Codec, ErrorFeedback
+from anabranch.federated.messages import Work
+from anabranch.federated.scheduling import Buffered, Deadline, Everyone, Schedule, Sync, Uniform
+from anabranch.federated.strategies import FedAvg, Strategy
+from anabranch.federated.topologies import Star, Topology, Tree
+from anabranch.training.options import parse_options
+from anabranch.training.plugins import construct
+from anabranch.training.recipe import NAME, Choice, Count, Recipe, Section
+from anabranch.training.recipe_file import load_recipe, parse_yaml, with_override
+
+SPLITS: dict[str, Callable[..., Any]] = {
+    "iid": splits.iid,
+    "dirichlet": splits.dirichlet,
+    "shards": splits.shards,
+    "category": splits.by_category,
+}
+
+
+class Clients(Section):
+    """How many there are and who gets which training examples.
+
+    ``split`` is iid, dirichlet (``alpha``, ``min_size``, ``balance``), shards (``per_client``), or
+    category, which makes one client for each of the recipe's data sources and takes no ``count``.
+    The label of an example is the name of its source.
+    """
+
+    count: Count | None = None
+    split: Choice = Choice(name="iid")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Clients:
+        if self.split.name not in SPLITS:
+            raise ValueError(f"split is one of {', '.join(SPLITS)}, not {self.split.name!r}")
+        if (self.count is None) != (self.split.name == "category"):
+            raise ValueError("count is needed, except for split: category, which finds it")
+        return self
+
+    def divide(self, labels: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+        """Indices of each client's examples, by client name."""
+        options = self.split.options
+        try:
+            if self.split.name == "category":
+                found = splits.by_category(labels, **options)
+                return {str(name): part for name, part in found.items()}
+            first = len(labels) if self.split.name == "iid" else labels
+            parts = SPLITS[self.split.name](first, self.count, seed=seed, **options)
+        except TypeError as error:
+            raise ConfigurationError(f"clients.split: {error}") from None
+        width = len(str(len(parts) - 1))
+        return {f"client-{index:0{width}d}": part for index, part in enumerate(parts)}
+
+
+class Timetable(Section):
+    """``sync`` (``sample`` clients a round: a number or a share), ``deadline`` (also ``seconds``
+    and ``enough``) or ``buffered`` (``size``, ``max_staleness``); ``rounds`` are versions to make.
+    """
+
+    name: Literal["sync", "deadline", "buffered"] = "sync"
+    rounds: Count = 10
+    sample: Annotated[int | float | None, Field(gt=0)] = None
+    seconds: Annotated[float | None, Field(gt=0)] = None
+    enough: Count | None = None
+    size: Count | None = None
+    max_staleness: Annotated[int | None, Field(ge=0)] = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Timetable:
+        own = {
+            "sync": {"sample"},
+            "deadline": {"sample", "seconds", "enough"},
+            "buffered": {"size", "max_staleness"},
+        }[self.name]
+        given = {n for n in self.model_fields_set if getattr(self, n) is not None}
+        if foreign := sorted(given - own - {"name", "rounds"}):
+            raise ValueError(f"{self.name} has no {', '.join(foreign)}; it has {sorted(own)}")
+        if self.name == "deadline" and self.seconds is None:
+            raise ValueError("a deadline needs seconds")
+        return self
+
+    def build(self, work: Work) -> Schedule:
+        """The schedule."""
+        sampler = Everyone() if self.sample is None else Uniform(self.sample)
+        if self.name == "sync":
+            return Sync(self.rounds, sampler, work)
+        if self.name == "deadline":
+            assert self.seconds is not None
+            return Deadline(self.rounds, sampler, work, seconds=self.seconds, enough=self.enough)
+        return Buffered(self.rounds, self.size or 10, self.max_staleness, work)
+
+
+class Local(Section):
+    """What a client does in a task: ``steps`` or ``epochs``."""
+
+    steps: Count | None = None
+    epochs: Annotated[float | None, Field(gt=0)] = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Local:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give steps or epochs, one of the two")
+        return self
+
+
+class FederateJob(Section):
+    """A whole federation.
+
+    ``devices`` are simulated speeds: ``equal`` ones take no time, ``log_uniform`` ones are spread
+    over an order of magnitude. Every ``evaluate_every`` versions the validation rows are scored.
+    """
+
+    federate: str = Field(pattern=rf"^{NAME}$")
+    recipe: Recipe
+    clients: Clients
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    strategy: Choice = Choice(name="fedavg")
+    aggregator: Choice | None = None
+    schedule: Timetable = Timetable()
+    local: Local = Local(steps=10)
+    codec: list[Choice] = []
+    error_feedback: bool = False
+    down: list[Choice] = []
+    tree: Annotated[int | None, Field(ge=2)] = None
+    """Inputs of each aggregator; null: all clients send to the coordinator."""
+    devices: Literal["equal", "log_uniform"] = "equal"
+    evaluate_every: Count = 1
+
+    def make_strategy(self) -> Strategy:
+        """The method with its aggregator. Raises for unknown names and options."""
+        cls = registry.get("strategies", self.strategy.name)
+        made: Strategy = cls(**_checked_options(cls, self.strategy))
+        if made.decentralised:
+            raise ConfigurationError(
+                f"{made.name} has no server, so a job cannot tell which model to save; call "
+                f"{type(made).__name__}().simulate(...) from Python"
+            )
+        if self.aggregator is not None:
+            if not isinstance(made, FedAvg):
+                raise ConfigurationError(f"{made.name} does not take an aggregator")
+            rule = _plugin("aggregators", self.aggregator, "aggregator")
+            made = cls(**_checked_options(cls, self.strategy), rule=rule)
+        return made
+
+    def make_codec(self, direction: Literal["up", "down"]) -> Codec | None:
+        """The chain of codecs of a direction; None: nothing is encoded."""
+        chosen = self.codec if direction == "up" else self.down
+        made = [_plugin("codecs", choice, direction) for choice in chosen]
+        if not made:
+            return None
+        codec: Codec = made[0] if len(made) == 1 else Chain(made)
+        return ErrorFeedback(codec) if direction == "up" and self.error_feedback else codec
+
+    def make_devices(self, count: int) -> list[DeviceProfile]:
+        """One for each client."""
+        if self.devices == "log_uniform":
+            return log_uniform(count, self.seed)
+        return [DeviceProfile()] * count
+
+    def make_topology(self, clients: Sequence[str]) -> Topology:
+        """A star, or a balanced tree."""
+        return Star() if self.tree is None else Tree.balanced(clients, self.tree)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FederateJob:
+        if self.error_feedback and not self.codec:
+            raise ValueError("error_feedback corrects a codec; none is given")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain values."""
+        return self.model_dump(mode="json")
+
+
+def load_job(source: str | Path, overrides: Iterable[str] = ()) -> FederateJob:
+    """A job file with ``key=value`` on top. Names and options of plug-ins are checked, too.
+
+    Raises :class:`ConfigurationError` with one line per mistake.
+    """
+    path = Path(source)
+    try:
+        values = parse_yaml(path.read_text("utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+    for override in overrides:
+        values = with_override(values, override)
+    if isinstance(recipe := values.get("recipe"), str):
+        beside = path.parent / recipe
+        values["recipe"] = load_recipe(beside if beside.is_file() else recipe)
+    job = parse_options(FederateJob, values)
+    try:
+        job.make_strategy(), job.make_codec("up"), job.make_codec("down")
+    except UnknownName as error:
+        raise ConfigurationError(str(error)) from None
+    return job
+
+
+def _plugin(kind: str, choice: Choice, where: str) -> Any:
+    return construct(registry.get(kind, choice.name), choice.options, where)
+
+
+def _checked_options(cls: type[Any], choice: Choice) -> dict[str, Any]:
+    """Options of a strategy, which may pass some on to the method that it builds on."""
+    try:
+        cls(**choice.options)
+    except TypeError as error:
+        raise ConfigurationError(f"strategy: {error}") from None
+    return choice.options

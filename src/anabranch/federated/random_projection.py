@@ -1,0 +1,124 @@
+"""A change of a model as its inner products with random directions that both sides can draw.
+
+Block by block: the relative squared error of a block of n values told by k inner products is about
+n / k, so small blocks need few. Errors of different clients and rounds are independent and average
+out.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anabranch.federated.errors import FederationError, PayloadError
+from anabranch.federated.seeded_directions import truncated
+
+LARGEST_BLOCK = 2**22
+FEWEST = 2
+"""Directions of a block that hardly moved."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Values ``start`` to ``stop`` of a flattened tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class RandomProjection:
+    """Inner products of tensors of these shapes with at most ``k`` directions a block (Ferret, Shu
+    et al. 2024, section 4; the released code for how blocks are made).
+
+    Tensors, sorted by name, are packed into blocks of up to 0.9 times the median size; a larger one
+    is a block of its own, or several of ``LARGEST_BLOCK``. The block that changed most gets ``k``
+    directions, the others in proportion to their norms.
+
+    A message is a 2-byte count for each block, then 4 bytes a direction.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], k: int) -> None:
+        self.shapes = {name: (t.shape, t.dtype) for name, t in sorted(tensors.items())}
+        self.k = k
+        self.blocks = _blocks({name: t.numel() for name, t in sorted(tensors.items()) if t.numel()})
+
+    def encode(self, change: Mapping[str, Tensor], seed: int) -> bytes:
+        """Tell a change. Raises :class:`FederationError` if it is not finite."""
+        vectors = [_gather(change, block) for block in self.blocks]
+        norms = [float(vector.norm()) for vector in vectors]
+        if not all(map(math.isfinite, norms)):
+            raise FederationError("the local change holds NaN or infinity; lower the local rate")
+        largest = max(1e-8, *norms)
+        counts = [max(FEWEST, math.floor(norm / largest * self.k)) for norm in norms]
+        told = [np.array(counts, dtype="<u2").tobytes()]
+        for index, (vector, count) in enumerate(zip(vectors, counts, strict=True)):
+            rows = truncated(seed, index, count, len(vector))
+            products = torch.cat([part @ vector for part in rows]) / count
+            told.append(products.numpy().astype("<f4").tobytes())
+        return b"".join(told)
+
+    def decode(self, message: bytes, seed: int) -> dict[str, Tensor]:
+        """An unbiased estimate of the change: the sum of ``c_j v_j``, as E[v v'] is the identity.
+
+        Raises :class:`PayloadError` if this is no such message.
+        """
+        parts = self.read(message)
+        estimate = {name: torch.zeros(math.prod(shape)) for name, (shape, _) in self.shapes.items()}
+        for index, (block, told) in enumerate(zip(self.blocks, parts, strict=True)):
+            width = sum(piece.stop - piece.start for piece in block)
+            vector, at = torch.zeros(width), 0
+            for rows in truncated(seed, index, len(told), width):
+                vector += told[at : at + len(rows)] @ rows
+                at += len(rows)
+            at = 0
+            for piece in block:
+                size = piece.stop - piece.start
+                estimate[piece.name][piece.start : piece.stop] = vector[at : at + size]
+                at += size
+        return {
+            n: estimate[n].reshape(shape).to(dtype) for n, (shape, dtype) in self.shapes.items()
+        }
+
+    def read(self, message: bytes) -> list[Tensor]:
+        """The inner products of each block; :class:`PayloadError` if there are not as many."""
+        head = 2 * len(self.blocks)
+        counts = np.frombuffer(message[:head], dtype="<u2") if len(message) >= head else None
+        if counts is None or len(message) != head + 4 * int(counts.sum()):
+            raise PayloadError(
+                f"{len(message)} bytes are not the inner products of {len(self.blocks)} blocks"
+            )
+        if counts.min(initial=FEWEST) < FEWEST or counts.max(initial=0) > max(self.k, FEWEST):
+            raise PayloadError(f"a block has {FEWEST} to {self.k} directions")
+        told = torch.from_numpy(np.frombuffer(message[head:], dtype="<f4").astype(np.float32))
+        if not told.isfinite().all():
+            raise PayloadError("an inner product is NaN or infinite")
+        return list(told.split(counts.tolist()))
+
+
+def _blocks(sizes: Mapping[str, int]) -> list[Sequence[Piece]]:
+    if not sizes:
+        return []
+    target = int(0.9 * statistics.median(sizes.values()))
+    blocks: list[list[Piece]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size <= room:
+            blocks[-1].append(Piece(name, 0, size))
+            room -= size
+            continue
+        for start in range(0, size, LARGEST_BLOCK):
+            blocks.append([Piece(name, start, min(start + LARGEST_BLOCK, size))])
+        room = target - size
+    return list(blocks)
+
+
+def _gather(tensors: Mapping[str, Tensor], block: Sequence[Piece]) -> Tensor:
+    parts = [tensors[p.name].reshape(-1)[p.start : p.stop].to(torch.float32) for p in block]
+    return torch.cat(parts)

@@ -1,0 +1,166 @@
+"""A model as the log of the scalars that made it.
+
+Every machine that applies the same log to the same base has the same model to the bit, whenever and
+wherever it does so. The log is one record an iteration::
+
+    2 bytes                        number of contributions
+    6 bytes each                   machine, age in iterations, number of scalars
+    1 or 4 bytes a scalar          codes of all contributions, in the same order
+
+all little-endian. The scale of the codes follows from the log, too, and takes no bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anabranch.errors import ConfigurationError
+from anabranch.federated.errors import PayloadError
+from anabranch.federated.randomness import derive_seed
+from anabranch.federated.seeded_model import LARGEST, ModelDiverged, SeededModel, to_units
+
+_COUNT = struct.Struct("<H")
+_CONTRIBUTION = struct.Struct("<HHH")
+_FIRST_SCALE, _LEAST_SCALE = 8.0, 1e-3
+_SKIPPED = -128
+Kind = Literal["int8", "float32"]
+
+
+class ScalarQuantiser:
+    """Codes of scalars: ``int8`` [-scale, scale] in 255 levels, or ``float32`` as they are.
+
+    Scalars beyond the scale are cut off; NaN has a code of its own and comes back as NaN.
+    """
+
+    def __init__(self, kind: Kind = "int8") -> None:
+        if kind not in ("int8", "float32"):
+            raise ConfigurationError(f"codes are int8 or float32, not {kind!r}")
+        self.kind = kind
+        self.width = 1 if kind == "int8" else 4
+        """Bytes a scalar."""
+
+    def encode(self, scalars: Sequence[float], scale: float) -> bytes:
+        """One code each."""
+        values = np.asarray(scalars, dtype=np.float64)
+        if self.kind == "float32":
+            return values.astype("<f4").tobytes()
+        unknown = np.isnan(values)
+        levels = np.rint(np.where(unknown, 0, values) * (127 / scale)).clip(-127, 127)
+        return np.where(unknown, _SKIPPED, levels).astype(np.int8).tobytes()
+
+    def decode(self, codes: bytes, scale: float) -> NDArray[np.float64]:
+        """The scalars again, at most ``scale / 254`` away if they were within the scale."""
+        if self.kind == "float32":
+            return np.frombuffer(codes, dtype="<f4").astype(np.float64)
+        levels = np.frombuffer(codes, dtype=np.int8).astype(np.float64)
+        return np.where(levels == _SKIPPED, np.nan, levels * (scale / 127))
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one machine measured ``age`` iterations ago: ``codes`` of its samples 0, 1, ..."""
+
+    machine: int
+    age: int
+    codes: bytes
+
+
+Record = Sequence[Contribution]
+"""What counts in one iteration, in the order in which everyone applies it."""
+
+
+def pack(record: Record, width: int) -> bytes:
+    """A record as bytes; codes take ``width`` bytes each."""
+    heads = [_CONTRIBUTION.pack(c.machine, c.age, len(c.codes) // width) for c in record]
+    return b"".join([_COUNT.pack(len(record)), *heads, *(c.codes for c in record)])
+
+
+def unpack(log: bytes, width: int) -> list[Record]:
+    """The records of a log; :class:`PayloadError` if it was cut off."""
+    records: list[Record] = []
+    at = 0
+    try:
+        while at < len(log):
+            (count,) = _COUNT.unpack_from(log, at)
+            at += _COUNT.size
+            heads = [_CONTRIBUTION.unpack_from(log, at + 6 * i) for i in range(count)]
+            at += 6 * count
+            record = []
+            for machine, age, scalars in heads:
+                codes = log[at : at + scalars * width]
+                if len(codes) < scalars * width:
+                    raise PayloadError(f"record {len(records)} lacks codes of machine {machine}")
+                record.append(Contribution(machine, age, codes))
+                at += len(codes)
+            records.append(record)
+    except struct.error:
+        raise PayloadError(f"the log ends within record {len(records)}") from None
+    return records
+
+
+class ReplayedModel:
+    """The base after some iterations of a log. ``run`` names the directions of a run."""
+
+    def __init__(
+        self, start: Mapping[str, Tensor], lr: float, run: int, quantiser: ScalarQuantiser
+    ) -> None:
+        self.model = SeededModel(start, lr)
+        self.run = run
+        self.quantiser = quantiser
+        self.scales = [_FIRST_SCALE]
+        """Of the codes that were measured in each iteration, the present one last."""
+        self.spent = 0.0
+
+    @property
+    def iteration(self) -> int:
+        """Records applied."""
+        return len(self.scales) - 1
+
+    def seed(self, iteration: int, machine: int, sample: int) -> int:
+        """The direction of a scalar."""
+        return derive_seed(self.run, iteration, machine, sample)
+
+    def apply(self, record: Record) -> None:
+        """``w -= lr / n * sum of g z`` over the record's n scalars.
+
+        Everyone decodes codes, its own as well: what it measured before rounding is known to
+        itself alone. Raises :class:`ModelDiverged` and :class:`PayloadError` before any change.
+        """
+        steps: list[tuple[int, float]] = []
+        for part in record:
+            measured = self.iteration - part.age
+            if measured < 0:
+                raise PayloadError(f"machine {part.machine} measured before the run began")
+            found = self.quantiser.decode(part.codes, self.scales[measured]).tolist()
+            steps += [
+                (self.seed(measured, part.machine, sample), slope)
+                for sample, slope in enumerate(found)
+                if math.isfinite(slope)
+            ]
+        scalars = np.array([slope for _, slope in steps]) / max(len(steps), 1)
+        units = to_units(scalars)
+        size = float(np.abs(scalars).sum())  # the mean size of a slope
+        if self.spent + size > LARGEST:
+            raise ModelDiverged(f"slopes of {self.iteration} iterations add up to over {LARGEST:g}")
+        for (seed, _), count in zip(steps, units.tolist(), strict=True):
+            self.model.add(seed, count)
+        self.spent += size
+        last = self.scales[-1]
+        self.scales.append(max(0.9 * last + 0.1 * 4 * size, _LEAST_SCALE) if steps else last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums, scales and what was spent; the base is not in it."""
+        return {"sums": self.model.sums, "scales": self.scales, "spent": self.spent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self.model.restore(state["sums"])
+        self.scales, self.spent = list(state["scales"]), state["spent"]

@@ -1,0 +1,149 @@
+"""From a job to a folder with its result: the federation in simulation, evaluated and reported.
+
+The folder holds ``run/`` (snapshots, journal and the sites' state, for going on after a crash),
+``job.json``, ``adapter/`` and ``report.json``; the command line adds ``loss.svg``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anabranch.errors import ConfigurationError
+from anabranch.federated.coordinator import Coordinator
+from anabranch.federated.core import Federation
+from anabranch.federated.job import FederateJob
+from anabranch.federated.local import LocalTraining
+from anabranch.federated.messages import Work
+from anabranch.federated.result import RunResult
+from anabranch.federated.runtimes import Simulation, Site
+from anabranch.federated.shared import lent, load_shared, shared_tensors
+from anabranch.federated.store import RunStore
+from anabranch.files import write_json
+from anabranch.models.progress import Progress, silent
+from anabranch.training.data import prepare
+from anabranch.training.recipe_file import difference
+from anabranch.training.run_record import read_json
+from anabranch.training.setup import Setup, load_base
+from anabranch.training.trainer import Trainer
+
+Observer = Callable[[Coordinator], None]
+MOST_VALIDATION_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished federation: its result, and the adapter (or model) that came of it."""
+
+    folder: Path
+    saved: Path
+    result: RunResult
+
+
+def federate(
+    job: FederateJob,
+    folder: Path,
+    progress: Progress = silent,
+    observe: Observer | None = None,
+) -> Outcome:
+    """Run a job in a folder, or go on with it there. ``observe`` is called after each version.
+
+    Raises :class:`ConfigurationError` if the folder holds another job.
+    """
+    _claim(folder, job)
+    progress("reading data", 0.0)
+    prepared = prepare(job.recipe, progress)
+    setup = Setup.of(job.recipe, load_base(job.recipe, progress), prepared)
+    items = setup.objective.prepare(setup.train).items
+    parts = job.clients.divide([item[0].task for item in items], job.seed)
+    devices = job.make_devices(len(parts))
+    sites = [
+        Site(name, [items[index] for index in part], device)
+        for (name, part), device in zip(parts.items(), devices, strict=True)
+    ]
+    local = LocalTraining(setup.objective, job.recipe.train)
+    strategy = job.make_strategy()
+    validation = setup.valid[:MOST_VALIDATION_ROWS]
+    trainer: Trainer[Any] = Trainer(
+        setup.model, setup.objective, job.recipe.train, items, validation or None
+    )
+
+    def watch(coordinator: Coordinator) -> Mapping[str, float]:
+        figures: dict[str, float] = {}
+        if validation and not coordinator.version % job.evaluate_every:
+            with lent(setup.model, _tensors(coordinator)):
+                scores = trainer.evaluate(trainer.validation)
+            figures = {f"valid/{name}": value for name, value in scores.items()}
+        coordinator.state.history[-1] |= figures
+        if observe is not None:
+            observe(coordinator)
+        progress(_line(coordinator, job), coordinator.version / job.schedule.rounds)
+        return figures
+
+    work = Work(steps=job.local.steps, epochs=job.local.epochs)
+    federation = Federation(
+        strategy.server(shared_tensors(setup.model)),
+        strategy.client(local),
+        job.schedule.build(work),
+        Simulation(sites, setup.model, strict=False),
+        codec=job.make_codec("up"),
+        down=job.make_codec("down"),
+        topology=job.make_topology([site.name for site in sites]),
+        store=folder / "run",
+        seed=job.seed,
+        watch=watch,
+    )
+    result = federation.resume() if RunStore(folder / "run").snapshots() else federation.run()
+    load_shared(setup.model, _tensors(federation.coordinator))
+    saved = setup.save(folder)
+    write_json(folder / "report.json", report(job, result))
+    return Outcome(folder, saved, result)
+
+
+def report(job: FederateJob, result: RunResult) -> dict[str, Any]:
+    """Everything that was measured, as plain values."""
+    return {
+        "job": job.resolved(),
+        "versions": result.version,
+        "reason": result.reason,
+        "virtual_seconds": result.seconds,
+        "history": list(result.history),
+        "traffic": [
+            {"direction": direction, "client": client, "kind": kind, **vars(traffic)}
+            for (direction, client, kind), traffic in result.ledger.by(
+                "direction", "client", "kind"
+            ).items()
+        ],
+        "incidents": result.incidents.state_dict()["incidents"],
+    }
+
+
+def _claim(folder: Path, job: FederateJob) -> None:
+    """The folder is new, or holds the same job."""
+    path = folder / "job.json"
+    if path.exists():
+        if changed := difference(read_json(path), job.resolved()):
+            raise ConfigurationError(
+                f"{folder} holds another job; choose another folder. " + "; ".join(changed)
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigurationError(f"{folder} is not empty and holds no job; choose another folder")
+    write_json(path, job.resolved())
+
+
+def _tensors(coordinator: Coordinator) -> Mapping[str, Any]:
+    tensors: Mapping[str, Any] = coordinator.server.tensors  # type: ignore[attr-defined]
+    return tensors
+
+
+def _line(coordinator: Coordinator, job: FederateJob) -> str:
+    row = coordinator.state.history[-1]
+    loss = row.get("valid/loss", row.get("loss"))
+    return (
+        f"version {coordinator.version} of {job.schedule.rounds}"
+        + (f", loss {loss:.4f}" if loss is not None else "")
+        + f", {coordinator.state.ledger.total().bytes / 2**20:.2f} MiB, {row['seconds']:.1f} s"
+    )

@@ -1,0 +1,290 @@
+"""FedAMD: some clients measure where to go, the others go there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from anabranch.errors import ConfigurationError
+from anabranch.federated.client import Answer, Client, ClientContext
+from anabranch.federated.errors import EmptyRound, FederationError, PayloadError
+from anabranch.federated.local import LocalTraining
+from anabranch.federated.messages import Reply
+from anabranch.federated.payload import Payload, Value
+from anabranch.federated.randomness import generator
+from anabranch.federated.scheduling import Sampler, Schedule
+from anabranch.federated.server import Accumulator, Server, ServerContext, Update
+from anabranch.federated.strategies.base import Strategy
+from anabranch.federated.strategies.controlled import positive
+from anabranch.federated.strategies.directions import (
+    StepHook,
+    Tensors,
+    labelled,
+    require_plain,
+    with_label,
+)
+from anabranch.federated.strategies.pending import propose, settled
+from anabranch.federated.strategies.warm_up import WarmUp
+from anabranch.training.trainer import Trainer
+
+Cache = Literal["server", "client"]
+
+TOO_LARGE = 50
+"""A miner whose direction grows by this factor within a task gives up."""
+
+
+class FedAMD(Strategy):
+    """Anchors refresh large-batch gradients, miners walk along their mean (Wu et al. ICML 2023).
+
+    Use it where few of many clients take part in a round and data differ much. An *anchor* sends
+    one gradient over ``large_batch`` examples (None: all of them), which is kept for the client. A
+    *miner* begins with the mean of all that is kept and corrects it from step to step by how the
+    gradient of each small batch changed (algorithm 1). Anchors of a round guide the next one.
+
+    ``every`` = n makes everyone an anchor in each n-th round and a miner in the others; with
+    ``probability`` instead, each client of a round is an anchor with that probability. A small
+    probability lets what is kept grow old, and may diverge. A client of which nothing is kept yet
+    is always an anchor; in the first round everyone is asked.
+
+    ``cache``: gradients are kept at the ``server`` (as many models as clients, in memory and in
+    every snapshot), or by each ``client``, which then sends what changed. Local training must be
+    plain SGD, at a smaller rate than FedAvg's; a miner's step costs two gradients.
+    """
+
+    name = "fedamd"
+
+    def __init__(
+        self,
+        every: int | None = None,
+        probability: float | None = None,
+        large_batch: int | None = None,
+        cache: Cache = "server",
+        server_lr: float = 1.0,
+    ) -> None:
+        if every is not None and probability is not None:
+            raise ConfigurationError("give every or probability, not both")
+        if probability is None:
+            every = 2 if every is None else every
+            if every < 2:
+                raise ConfigurationError(f"every is at least 2, or nobody would mine, not {every}")
+        elif not 0 < probability <= 1:
+            raise ConfigurationError(f"probability is above 0 and at most 1, not {probability}")
+        if large_batch is not None and large_batch < 1:
+            raise ConfigurationError(f"large_batch is at least 1, not {large_batch}")
+        if cache not in ("server", "client"):
+            raise ConfigurationError(f"cache is server or client, not {cache!r}")
+        self.every, self.probability, self.large_batch = every, probability, large_batch
+        self.cache: Cache = cache
+        self.server_lr = positive("server_lr", server_lr)
+
+    def server(self, start: Mapping[str, Tensor]) -> Server:
+        """Keeps gradients and hands out roles."""
+        return FedAMDServer(self, start)
+
+    def client(self, local: LocalTraining) -> Client:
+        """Anchors and mines."""
+        require_plain(local, self.name)
+        if local.options.precision == "fp16":
+            raise ConfigurationError(f"{self.name} cannot correct gradients that fp16 scales")
+        return FedAMDClient(self, local)
+
+    def schedule(self, rounds: int, sampler: Sampler | None = None) -> Schedule:
+        """Everyone in the first round, then the sampled."""
+        return WarmUp.of(rounds, sampler)
+
+    def settings(self) -> dict[str, Any]:
+        """Name and options as JSON values."""
+        return {"strategy": self.name, **vars(self)}
+
+
+class FedAMDServer(Server):
+    """Holds the model and the sum of what is kept of the clients."""
+
+    associative = True
+
+    def __init__(self, options: FedAMD, start: Mapping[str, Tensor]) -> None:
+        self.options = options
+        self.tensors = dict(start)
+        """The present version."""
+        self.total = {n: torch.zeros_like(x, dtype=torch.float64) for n, x in start.items()}
+        """Sum of the gradients that are kept, followed change by change."""
+        self.warm: set[str] = set()
+        """Clients of which a gradient is kept."""
+        self.kept: dict[str, Tensors] = {}
+        """The gradients themselves, with ``cache`` server."""
+        self.version = 0
+        self._seed = 0
+        self._messages: dict[bool, Payload] = {}
+
+    def setup(self, ctx: ServerContext) -> None:
+        """Roles are drawn from the run's seed."""
+        self._seed = ctx.seed
+
+    @property
+    def target(self) -> Tensors:
+        """Where miners go: the mean of the gradients that are kept."""
+        count = max(1, len(self.warm))
+        return {n: (x / count).to(self.tensors[n].dtype) for n, x in self.total.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """The method's."""
+        return self.options.settings()
+
+    def is_anchor(self, client: str) -> bool:
+        """The role of a client at the present version."""
+        o = self.options
+        if client not in self.warm:
+            return True
+        if o.probability is None:
+            assert o.every is not None
+            return self.version % o.every == 0
+        return generator(self._seed, "role", self.version, client).random() < o.probability
+
+    def message(self, client: str, kind: str) -> Payload:
+        """The model; for miners also where to go."""
+        anchor = self.is_anchor(client)
+        if anchor not in self._messages:
+            target = {} if anchor else labelled("target", self.target)
+            self._messages[anchor] = {**labelled("model", self.tensors), **target}
+        return self._messages[anchor]
+
+    def expects(self, client: str, kind: str) -> Mapping[str, Tensor] | None:
+        """A gradient or a change of the model."""
+        return self.tensors
+
+    def respond(self, reply: Reply, payload: Payload) -> None:
+        """Refuse a reply that does not say what it is."""
+        if payload.get("role") not in ("anchor", "miner"):
+            raise PayloadError(
+                f"reply of {reply.client}: role is anchor or miner, not {payload.get('role')!r}"
+            )
+
+    def fold(self, acc: Accumulator, update: Update) -> Accumulator:
+        """Miners' changes are added up, anchors' gradients are filed."""
+        acc = acc or {"change": {}, "miners": 0, "anchors": []}
+        if not update.examples:
+            return acc
+        tensors = update.tensors
+        if update.payload["role"] == "anchor":
+            filed = {"client": update.client, "gradient": tensors}
+            return {**acc, "anchors": [*acc["anchors"], filed]}
+        change = {n: acc["change"].get(n, 0) + x.to(torch.float64) for n, x in tensors.items()}
+        return {**acc, "change": change, "miners": acc["miners"] + 1}
+
+    def merge(self, one: Accumulator, other: Accumulator) -> Accumulator:
+        """Add changes, join files."""
+        change = dict(one["change"])
+        for name, tensor in other["change"].items():
+            change[name] = change.get(name, 0) + tensor
+        return {
+            "change": change,
+            "miners": one["miners"] + other["miners"],
+            "anchors": one["anchors"] + other["anchors"],
+        }
+
+    def commit(self, acc: Accumulator) -> Mapping[str, float]:
+        """Move with the miners, then file what the anchors found."""
+        if not acc["miners"] and not acc["anchors"]:
+            raise EmptyRound("no client of the round has data; the model stays as it was")
+        if acc["miners"]:
+            rate = self.options.server_lr / acc["miners"]
+            self.tensors = {
+                name: (x + rate * acc["change"][name]).to(x.dtype)
+                for name, x in self.tensors.items()
+            }
+        for filed in acc["anchors"]:
+            self._file(filed["client"], filed["gradient"])
+        self.version += 1
+        self._messages = {}
+        return {"miners": acc["miners"], "anchors": len(acc["anchors"])}
+
+    def _file(self, client: str, gradient: Tensors) -> None:
+        self.warm.add(client)
+        old: Tensors = {}
+        if self.options.cache == "server":
+            old, self.kept[client] = self.kept.get(client, {}), gradient
+        for name, tensor in gradient.items():
+            news = tensor.to(torch.float64)
+            self.total[name] = self.total[name] + (news - old[name] if old else news)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything."""
+        return {
+            "tensors": self.tensors,
+            "total": self.total,
+            "warm": sorted(self.warm),
+            "kept": self.kept,
+            "version": self.version,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        self.tensors, self.total = state["tensors"], state["total"]
+        self.warm, self.kept = set(state["warm"]), dict(state["kept"])
+        self.version = state["version"]
+        self._messages = {}
+
+
+class FedAMDClient(Client):
+    """An anchor or a miner, as the message says."""
+
+    def __init__(self, options: FedAMD, local: LocalTraining) -> None:
+        self.options, self.local = options, local
+
+    def run(self, ctx: ClientContext, kind: str, payload: dict[str, Value]) -> Answer:
+        """A gradient, or how far the model should move."""
+        own = settled(ctx)
+        model = with_label("model", payload)
+        target = with_label("target", payload)
+        if target:
+            result = self.local.run(ctx, model, [_Mine(target)])
+            ctx.spend(max(0, result.steps - 1))  # each step but the first has a second gradient
+            change = {name: result.tensors[name] - x for name, x in model.items()}
+            return {"role": "miner", **change}, result.examples
+        gradient, examples = self.local.gradient(ctx, model, self.options.large_batch)
+        if self.options.cache == "client" and examples:
+            old = own.get("gradient")
+            propose(ctx, {"gradient": gradient})
+            if old:
+                gradient = {name: g - old[name] for name, g in gradient.items()}
+        return {"role": "anchor", **gradient}, examples
+
+
+class _Mine(StepHook):
+    """``g += gradient here - gradient one step ago``, of the same examples; step along ``g``."""
+
+    def __init__(self, target: Tensors) -> None:
+        self.direction = target
+        self.start = _norm(target)
+        self.last: Tensors = {}
+
+    def after_gradients(self, trainer: Trainer[Any]) -> None:
+        """The first step goes along the target itself."""
+        parameters = trainer.trainable
+        if self.last:
+            before = self.gradients_at(trainer, self.last)
+            self.direction = {
+                name: self.direction[name] - before[name] + (0 if p.grad is None else p.grad)
+                for name, p in parameters.items()
+            }
+            norm = _norm(self.direction)
+            if not norm <= TOO_LARGE * self.start:
+                raise DivergedLocally(
+                    f"the direction grew from {self.start:.3g} to {norm:.3g} within "
+                    f"{trainer.steps_done + 1} steps; lower lr ({trainer.options.lr:g})"
+                )
+        self.last = {name: p.detach().clone() for name, p in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.grad = self.direction[name].to(parameter.device).clone()
+
+
+class DivergedLocally(FederationError):
+    """A miner's direction blew up; its task counts as failed."""
+
+
+def _norm(tensors: Tensors) -> float:
+    return math.sqrt(sum(float(x.square().sum()) for x in tensors.values()))
