@@ -72,7 +72,9 @@ def main() -> None:
 
 
 def serve(runner: TransformersRunner, tokens: torch.Tensor, output: int) -> None:
-    engine = Engine(runner, options=EngineOptions(kv_memory=2**30, prefix_reuse=False))
+    engine = Engine(
+        runner, options=EngineOptions(kv_memory=2**30, prefix_reuse=False, speculation="off")
+    )
     sampling = SamplingParameters(output, temperature=0.0, ignore_eos=True)
     engine.generate([Request(str(i), row, sampling) for i, row in enumerate(tokens.tolist())])
 

@@ -22,7 +22,7 @@ from anabranch.serving.simulation import SimulatedRunner, VirtualClock
 def run(trace: list[Arrival], policy: str, budget: int) -> list[RequestTimes]:
     clock = VirtualClock()
     runner = SimulatedRunner(CostModel(fixed=1.0, per_token=0.1), clock)
-    options = EngineOptions(policy=policy, token_budget=budget, kv_memory=4096)
+    options = EngineOptions(policy=policy, token_budget=budget, kv_memory=4096, speculation="off")
     engine = Engine(runner, options=options, clock=clock)
     return replay(engine, trace, clock, lambda _, arrival: [0] * arrival.prompt_tokens)
 

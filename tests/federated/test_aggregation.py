@@ -100,7 +100,11 @@ def test_nothing_to_combine(rule):
         rule.finish(rule.fold(None, {"x": torch.full((2,), math.inf)}, 1.0, "a"))
 
 
-@pytest.mark.parametrize("rule", [TrimmedMean(2), Krum(2), MultiKrum(1, keep=7)], ids=["trimmed mean", "krum", "multi-krum"])
+@pytest.mark.parametrize(
+    "rule",
+    [TrimmedMean(2), Krum(2), MultiKrum(1, keep=7)],
+    ids=["trimmed mean", "krum", "multi-krum"],
+)
 def test_too_few_updates_are_counted(rule):
     with pytest.raises(TooFewUpdates, match=rf"at least {rule.minimum} updates.*there are 4"):
         rule(rows(4))

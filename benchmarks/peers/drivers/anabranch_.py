@@ -30,7 +30,9 @@ def load(options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
         kv_cache=options["kv_cache"],
     )
     del loaded
-    engine = Engine(runner, options=EngineOptions(kv_memory=options["kv_memory"]))
+    engine = Engine(
+        runner, options=EngineOptions(kv_memory=options["kv_memory"], speculation="off")
+    )
 
     served = [
         engine.add_adapter(str(index), AdapterCheckpoint.read(Path(folder)))

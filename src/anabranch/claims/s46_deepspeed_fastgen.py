@@ -155,7 +155,11 @@ class Bench:
     def engine(self, policy: str, budget: int) -> Engine:
         """An idle engine without prefix reuse: the traces share no prompts."""
         options = EngineOptions(
-            policy=policy, token_budget=budget, kv_memory=2**29, prefix_reuse=False
+            speculation="off",
+            policy=policy,
+            token_budget=budget,
+            kv_memory=2**29,
+            prefix_reuse=False,
         )
         return Engine(self._runner, options=options)
 
@@ -210,7 +214,11 @@ def simulate(
         engine = Engine(
             SimulatedRunner(cost, clock),
             options=EngineOptions(
-                policy=policy, token_budget=budget, kv_memory=4096, prefix_reuse=False
+                speculation="off",
+                policy=policy,
+                token_budget=budget,
+                kv_memory=4096,
+                prefix_reuse=False,
             ),
             clock=clock,
         )

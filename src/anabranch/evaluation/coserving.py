@@ -98,7 +98,7 @@ class CoServingBench:
 
     def __init__(self, **options: Any) -> None:
         model = EngineModel.load(
-            options=EngineOptions(kv_memory=2**28, prefix_reuse=False, **options)
+            options=EngineOptions(kv_memory=2**28, prefix_reuse=False, speculation="off", **options)
         )
         self.tokenizer = model.tokenizer
         self.options = model.engine.options
@@ -216,7 +216,9 @@ def busy_share(cost: CostModel, trace: Sequence[Arrival], budget: int) -> float:
             super().advance(seconds)
 
     clock = Counting()
-    options = EngineOptions(token_budget=budget, kv_memory=2**16, prefix_reuse=False)
+    options = EngineOptions(
+        token_budget=budget, kv_memory=2**16, prefix_reuse=False, speculation="off"
+    )
     engine = Engine(SimulatedRunner(cost, clock), options=options, clock=clock)
     replay(engine, trace, clock, lambda _, arrival: [0] * arrival.prompt_tokens)
     return clock.busy / clock()

@@ -60,7 +60,7 @@ def outputs_of(engine: Engine, requests: list[Request]) -> dict[tuple[str, int],
     for output in engine.run():
         entry = found.setdefault((output.request_id, output.delta.index), [[], [], "", None])
         entry[0] += output.delta.token_ids
-        entry[1] += [round(each.logprob, 3) for each in output.delta.logprobs]
+        entry[1] += [each.logprob for each in output.delta.logprobs]
         entry[2] += output.delta.text
         entry[3] = output.delta.finish_reason
     engine.cache.check_integrity()
@@ -118,7 +118,12 @@ def test_chosen_drafts_change_nothing_at_all(
         engine_on(runner, speculation="off", **options),
         Guess(oracle(plain), runner.vocabulary, trees, seed),
     )
-    assert outputs_of(engine, requests) == plain
+    found = outputs_of(engine, requests)
+    assert found.keys() == plain.keys()
+    for key, (tokens, logprobs, text, end) in found.items():
+        assert [tokens, text, end] == [plain[key][0], *plain[key][2:]]
+        # Rows of the transformers runner depend on the batch in their last bits.
+        assert logprobs == pytest.approx(plain[key][1], abs=0.0 if kind == "fused" else 1e-3)
 
 
 @pytest.mark.parametrize("kind", RUNNERS)
