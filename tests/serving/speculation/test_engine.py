@@ -122,8 +122,9 @@ def test_chosen_drafts_change_nothing_at_all(
     assert found.keys() == plain.keys()
     for key, (tokens, logprobs, text, end) in found.items():
         assert [tokens, text, end] == [plain[key][0], *plain[key][2:]]
-        # Rows of the transformers runner depend on the batch in their last bits.
-        assert logprobs == pytest.approx(plain[key][1], abs=0.0 if kind == "fused" else 1e-3)
+        # Branches of a tree lie between a row and its context, so that sums are taken in another
+        # order; rows of the transformers runner depend on the batch anyway.
+        assert logprobs == pytest.approx(plain[key][1], abs=1e-5 if kind == "fused" else 1e-3)
 
 
 @pytest.mark.parametrize("kind", RUNNERS)
