@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from anabranch.federated import (
@@ -21,6 +22,7 @@ from anabranch.federated import (
 from anabranch.federated.errors import EmptyRound
 from anabranch.federated.randomness import generator
 from anabranch.federated.runtimes import Lost
+from anabranch.federated.store import RunStore
 from anabranch.federated.trees import dump
 
 DIMENSIONS = 6
@@ -167,3 +169,41 @@ def random_order(seed: int):
         return [tasks[index] for index in rng.permutation(len(tasks))]
 
     return shuffle
+
+
+class Crash(BaseException):
+    """The coordinator's process is gone; the sites live on."""
+
+
+def crash_after(inputs):
+    """A store whose process dies before it can act on an input it has just written."""
+
+    class Dying(RunStore):
+        left = inputs
+
+        def append(self, tree):
+            super().append(tree)
+            self.left -= 1
+            if not self.left:
+                raise Crash
+
+        def retract(self):
+            pass
+
+    return Dying
+
+
+def assert_killed_ends_the_same(make, folder, inputs):
+    """A run that dies after so many inputs and is resumed equals one that does not.
+
+    ``make(store)`` makes the federation.
+    """
+    whole = make(folder / "whole")
+    whole.run()
+    for count in inputs:
+        parts = folder / str(count)
+        with pytest.raises(Crash):
+            make(crash_after(count)(parts)).run()
+        again = make(parts)
+        again.resume()
+        assert fingerprint(again) == fingerprint(whole)

@@ -30,8 +30,13 @@ from anabranch.federated.strategies.fedasync import FedAsync
 from anabranch.federated.strategies.fedbuff import FedBuff
 from anabranch.federated.strategies.fedfix import FedFix
 from anabranch.federated.topologies import Star
-from tests.federated.helpers import Tamper, fingerprint, lost
-from tests.federated.test_resume import Crash, crash_after
+from tests.federated.helpers import (
+    Crash,
+    Tamper,
+    assert_killed_ends_the_same,
+    crash_after,
+    lost,
+)
 
 PARTS = [list(range(60)), list(range(60, 90)), list(range(90, 110)), list(range(110, 150))]
 
@@ -245,15 +250,7 @@ def test_killed_after_any_input_it_ends_the_same(tmp_path):
             digits.perceptron(), digits.local(steps=1), digit_sites(), 22, store=store
         )
 
-    whole = make(tmp_path / "whole")
-    whole.run()
-    for inputs in (3, 50):
-        folder = tmp_path / str(inputs)
-        with pytest.raises(Crash):
-            make(crash_after(inputs)(folder)).run()
-        again = make(folder)
-        again.resume()
-        assert fingerprint(again) == fingerprint(whole)
+    assert_killed_ends_the_same(make, tmp_path, (3, 50))
 
 
 def test_who_joins_after_a_resume_counts(tmp_path):

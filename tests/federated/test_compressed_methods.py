@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigurationError
@@ -20,7 +20,7 @@ from anabranch.federated.strategies.scaffold import Scaffold
 from anabranch.federated.strategies.scallion import Scafcom, Scallion
 from tests.federated.helpers import Tamper, lost
 from tests.federated.quadratics import InTurn, Point, bowls, gradient, local, places, position
-from tests.federated.test_momentum_methods import RATE, STEPS, require_invariant, run
+from tests.federated.test_momentum_methods import RATE, STEPS, drift, run
 
 
 def by_hand(made, rounds, alpha=1.0, beta=1.0, keep=1.0):
@@ -99,8 +99,8 @@ def test_controls_follow_what_the_server_decoded_whoever_was_lost(faults, strate
     try:
         federation = run(strategy, bowls(4), schedule, Tamper(script), patience=50, codec=outer)
     except EmptyRound:
-        return
-    require_invariant(federation)
+        assume(False)  # nobody's replies were ever accepted
+    assert drift(federation) < 2e-5
 
 
 @pytest.mark.parametrize("strategy", [Scallion(0.2, bits=4), Scafcom(0.5, keep=0.2)])
@@ -155,7 +155,7 @@ def test_increments_that_cannot_be_decoded_are_refused(change, what):
     script = {("c1", n): broken for n in range(1, 4)}
     federation = run(Scafcom(keep=0.6), bowls(3), Sync(3), Tamper(script))
     assert federation.result.incidents.count(what, "c1") == 3
-    require_invariant(federation)
+    assert drift(federation) < 2e-5
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,11 @@ from anabranch.training.objective import LossOutput, Objective
 from anabranch.training.options import TrainOptions
 from anabranch.training.sam import SharpnessAware
 from anabranch.training.trainer import Trainer
-from tests.federated.helpers import Tamper, fingerprint, lost
-from tests.federated.test_resume import Crash, crash_after
+from tests.federated.helpers import (
+    Tamper,
+    assert_killed_ends_the_same,
+    lost,
+)
 
 ALL = [
     pytest.param(cls, id=name)
@@ -101,16 +104,9 @@ class TestEveryDecentralisedStrategy:
                 digits.perceptron(), digits.local(steps=1), sites(), 2, store=store
             )
 
-        whole = make(tmp_path / "whole")
-        whole.run()
-        folder = tmp_path / "killed"
-        with pytest.raises(Crash):
-            make(crash_after(8)(folder)).run()
+        assert_killed_ends_the_same(make, tmp_path, [8])
         with pytest.raises(SnapshotMismatch, match="momentum"):
-            make(folder, momentum=0.5).resume()
-        again = make(folder)
-        again.resume()
-        assert fingerprint(again) == fingerprint(whole)
+            make(tmp_path / "8", momentum=0.5).resume()
 
     def test_counts_every_message_to_a_neighbour(self, cls):
         strategy = cls()

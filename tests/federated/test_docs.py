@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from anabranch.evaluation.testbeds import digits
 from anabranch.federated import splits
@@ -23,7 +26,7 @@ def test_the_first_example(tmp_path, monkeypatch, capsys):
 
 
 def test_the_method_that_is_written_there():
-    names: dict[str, object] = {
+    names: dict[str, Any] = {
         "model": digits.perceptron(),
         "local": digits.local(steps=2),
         "sites": digits.sites(splits.iid(60, 3)),
@@ -33,4 +36,7 @@ import torch
 from anabranch.federated import Client, Federation, Server, Simulation, Sync
 from anabranch.federated.shared import shared_tensors
 """
+    start = {name: value.clone() for name, value in names["model"].state_dict().items()}
     exec(setup + blocks()[1].replace("Sync(20)", "Sync(2)"), names)
+    assert names["result"].version == 2
+    assert any(not torch.equal(start[n], t) for n, t in names["median"].tensors.items())

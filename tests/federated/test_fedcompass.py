@@ -19,8 +19,12 @@ from anabranch.federated.server import ServerContext, Update
 from anabranch.federated.strategies import FedAvg
 from anabranch.federated.strategies.fedcompass import FedCompass
 from anabranch.federated.topologies import Star
-from tests.federated.helpers import EXAMPLES, VectorClient, VectorServer, fingerprint
-from tests.federated.test_resume import Crash, crash_after
+from tests.federated.helpers import (
+    EXAMPLES,
+    VectorClient,
+    VectorServer,
+    assert_killed_ends_the_same,
+)
 
 
 class Recorder(Compass):
@@ -258,15 +262,7 @@ def test_killed_in_the_middle_of_a_group_it_ends_the_same(tmp_path):
         strategy = FedCompass(max_steps=10, min_steps=2, momentum=0.5)
         return strategy.simulate(digits.perceptron(), digits.local(), sites, 12, store=store)
 
-    whole = make(tmp_path / "whole")
-    whole.run()
-    for inputs in (2, 9):
-        folder = tmp_path / str(inputs)
-        with pytest.raises(Crash):
-            make(crash_after(inputs)(folder)).run()
-        again = make(folder)
-        again.resume()
-        assert fingerprint(again) == fingerprint(whole)
+    assert_killed_ends_the_same(make, tmp_path, (2, 9))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -185,19 +185,22 @@ def test_the_control_is_the_mean_of_the_clients_controls_whoever_was_lost(faults
     try:
         federation = run(strategy, bowls(4), schedule, Tamper(script), patience=50)
     except EmptyRound:
-        return
-    require_invariant(federation)
+        assume(False)  # nobody's replies were ever accepted
+    assert drift(federation) < 2e-5
 
 
-def require_invariant(federation):
+def drift(federation):
+    """How far the server's control is from its clients' mean, relative where that is large."""
     accepted = federation.coordinator.state.accepted
     own = [
         if_accepted(federation.runtime.node(name).state, accepted.get(name, 0)).get("control")
         for name in federation.runtime.sites
     ]
+    worst = 0.0
     for name, tensor in federation.server.control.items():
-        total = sum(control[name].double() for control in own if control)
-        assert torch.allclose(tensor, (total / len(own)).float(), atol=1e-5), name
+        mean = sum(control[name].double() for control in own if control) / len(own)
+        worst = max(worst, float(((tensor - mean).abs() / mean.abs().clamp(min=1)).max()))
+    return worst
 
 
 def test_a_client_that_joins_late_has_a_control_of_zero():
@@ -301,7 +304,7 @@ def test_replies_that_cannot_be_used_leave_no_trace(change, what):
     script = {("c1", n): broken for n in range(1, 5)}
     federation = run(Scaffold(), made, Sync(4), Tamper(script))
     assert federation.result.incidents.count(what, "c1") == 4
-    require_invariant(federation)
+    assert drift(federation) < 2e-5
     control = position(federation.server.control)
     without = run(Scaffold(), made, Sync(4), Tamper({("c1", n): lost for n in range(1, 5)}))
     assert np.array_equal(control, position(without.server.control))

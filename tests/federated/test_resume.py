@@ -27,8 +27,10 @@ from anabranch.federated.wire import Wire
 from tests.federated.exchange import BATCHES, HeadClient, split_learning
 from tests.federated.helpers import (
     EXAMPLES,
+    Crash,
     VectorClient,
     VectorServer,
+    crash_after,
     fingerprint,
     sites,
     vectors,
@@ -88,28 +90,6 @@ def test_killed_at_random_writes_and_resumed(crashed, case):
 def test_every_registered_strategy_is_among_them(crashed):
     assert set(registry.available("strategies")) <= set(crashed)
     assert set(crashed) == set(CASES)
-
-
-class Crash(BaseException):
-    """The coordinator's process is gone; the sites live on."""
-
-
-def crash_after(inputs):
-    """A store whose process dies before it can act on an input it has just written."""
-
-    class Dying(RunStore):
-        left = inputs
-
-        def append(self, tree):
-            super().append(tree)
-            self.left -= 1
-            if not self.left:
-                raise Crash
-
-        def retract(self):
-            pass
-
-    return Dying
 
 
 SCHEDULES = {

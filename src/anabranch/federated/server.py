@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from anabranch.errors import ConfigurationError
 from anabranch.federated.messages import Reply
 from anabranch.federated.payload import Payload, Value
 from anabranch.federated.wire import Direction, Schema
@@ -102,8 +103,11 @@ class Server(ABC):
         """Add an update; the first accumulator is None."""
 
     def merge(self, one: Accumulator, other: Accumulator) -> Accumulator:
-        """Join two accumulators, neither of which is None."""
-        raise NotImplementedError(f"{type(self).__name__} is not associative")
+        """Join two accumulators, neither of which is None; only servers that are associative can.
+
+        Topologies and schedules that need it ask for ``associative`` before a run begins.
+        """
+        raise ConfigurationError(f"the sums of {type(self).__name__} cannot be joined: use a star")
 
     @abstractmethod
     def commit(self, acc: Accumulator) -> Mapping[str, float] | None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from anabranch.errors import ConfigurationError
 from anabranch.federated.errors import PayloadError
 from anabranch.federated.payload import Payload, Value
 
@@ -39,12 +40,18 @@ class Codec(ABC):
         """The payload as the receiver sees it; :class:`PayloadError` if it is damaged."""
 
     def omega(self, size: int) -> float:
-        """For an unbiased codec: E|C(x) - x|^2 <= omega |x|^2 for ``size`` values."""
-        raise NotImplementedError(f"{self!r} has no variance bound")
+        """For an unbiased codec: E|C(x) - x|^2 <= omega |x|^2 for ``size`` values.
+
+        Raises :class:`ConfigurationError` for a codec that has no such bound.
+        """
+        raise ConfigurationError(f"{self!r} is not unbiased, so that it has no variance bound")
 
     def contraction(self, size: int) -> float:
-        """For a biased codec: E|C(x) - x|^2 <= (1 - contraction) |x|^2."""
-        raise NotImplementedError(f"{self!r} has no contraction bound")
+        """For a biased codec: E|C(x) - x|^2 <= (1 - contraction) |x|^2.
+
+        Raises :class:`ConfigurationError` for a codec that has no such bound.
+        """
+        raise ConfigurationError(f"{self!r} is not known to contract")
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

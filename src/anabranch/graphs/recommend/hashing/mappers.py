@@ -88,6 +88,16 @@ class SizedMapper(IdMapper):
         if self.rows is not None and min(self.rows) < 1:
             raise RecommendError(f"rows = {self.rows}: each table needs at least one row")
 
+    def _sizes(self, interactions: Interactions) -> tuple[int, int]:
+        """Rows of the two tables, never more than ids."""
+        counts = interactions.num_users, interactions.num_items
+        wanted = self.rows or [max(1, round((self.budget or 0) * n)) for n in counts]
+        return min(wanted[0], counts[0]), min(wanted[1], counts[1])
+
+
+class SideMapper(SizedMapper):
+    """Maps users and items in the same way, each by their degrees alone."""
+
     def _assign(self, interactions: Interactions) -> tuple[RowAssignment, RowAssignment]:
         generator = np.random.default_rng(self.seed)
         degrees = interactions.user_degree, interactions.popularity()
@@ -97,20 +107,14 @@ class SizedMapper(IdMapper):
         )
         return users, items
 
-    def _sizes(self, interactions: Interactions) -> tuple[int, int]:
-        """Rows of the two tables, never more than ids."""
-        counts = interactions.num_users, interactions.num_items
-        wanted = self.rows or [max(1, round((self.budget or 0) * n)) for n in counts]
-        return min(wanted[0], counts[0]), min(wanted[1], counts[1])
-
+    @abstractmethod
     def _side(
         self, degree: NDArray[np.int64], num_rows: int, generator: np.random.Generator
     ) -> RowAssignment:
         """The rows of ids that have these degrees."""
-        raise NotImplementedError
 
 
-class Modulo(SizedMapper):
+class Modulo(SideMapper):
     """id mod rows."""
 
     def _side(
@@ -119,7 +123,7 @@ class Modulo(SizedMapper):
         return RowAssignment.single(modulo_rows(len(degree), num_rows), num_rows)
 
 
-class DoubleHash(SizedMapper):
+class DoubleHash(SideMapper):
     """The sum of two universal hashes into one table: two ids rarely share both."""
 
     def _side(
@@ -128,7 +132,7 @@ class DoubleHash(SizedMapper):
         return RowAssignment(_two_hashes(len(degree), num_rows, generator), num_rows)
 
 
-class Frequency(SizedMapper):
+class Frequency(SideMapper):
     """Half of the rows belong to the most frequent ids; the others share the rest by modulo."""
 
     def _side(
@@ -141,7 +145,7 @@ class Frequency(SizedMapper):
         return RowAssignment.single(rows, num_rows)
 
 
-class DoubleFrequency(SizedMapper):
+class DoubleFrequency(SideMapper):
     """As :class:`Frequency`, with two universal hashes for the others.
 
     An id with a row of its own names it twice: its vector is twice that row.
