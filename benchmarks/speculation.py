@@ -5,7 +5,9 @@
 
 Each cell runs the same greedy requests with and without, in turns, in one process; the ratio is
 that of medians, and the answers must be the same. Lookups draft; goodput decides what is worth
-verifying. ``copy`` repeats a file, ``edit`` renames something in it, ``chat`` answers freely.
+verifying. ``copy`` repeats a file, ``edit`` renames something in it, ``chat`` answers freely. The
+first lines of the file and of the edited one are given with the question, or so small a model would
+write something else.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from anabranch.models.protocol import SamplingParameters
 from anabranch.serving import EngineModel, EngineOptions, Request
 
 SOURCE = Path(__file__).parents[1] / "src/anabranch/serving/detokenizer.py"
+GIVEN = 3
+"""Lines of the answer that are given."""
 TASKS = {
     "copy": "Repeat this file exactly:\n\n{code}",
     "edit": "Rename the variable `text` to `words` and return the whole file:\n\n{code}",
@@ -100,6 +104,11 @@ def prompts(model: EngineModel, task: str, streams: int, tokens: int) -> list[Re
         ids = model.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )["input_ids"]
+        if task != "chat":
+            given = "".join(line + "\n" for line in part.split("\n")[:GIVEN])
+            if task == "edit":
+                given = given.replace("text", "words")
+            ids = [*ids, *model.tokenizer(given)["input_ids"]]
         sampling = SamplingParameters(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         made.append(Request(f"{task} {number}", ids, sampling))
     return made

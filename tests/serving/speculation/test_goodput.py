@@ -121,8 +121,13 @@ def test_a_request_is_like_its_group_until_it_shows_otherwise() -> None:
     group = 15 / 20
     assert estimator.alpha("g") == estimator.alpha(other) == group
     assert estimator.alpha(one) == (10 + GROUP_TRIALS * group) / (10 + GROUP_TRIALS)
-    estimator.release(one)
+    other_group = RequestClass("h", 1)
+    assert estimator.alpha(other_group) == 0.5  # one request may have good drafts and bad ones
+    estimator.observe(other_group, 0, True)
+    assert estimator.alpha(one) == (10 + GROUP_TRIALS * group) / (10 + GROUP_TRIALS)
+    estimator.release(1)
     assert estimator.alpha(one) == group
+    assert estimator.alpha(other_group) == estimator.alpha("h")
 
 
 def test_nothing_judged_teaches_nothing() -> None:

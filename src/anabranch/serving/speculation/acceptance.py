@@ -16,7 +16,7 @@ was lucky so far is taken for the best one, and too much is drafted for it."""
 
 
 class RequestClass(NamedTuple):
-    """The class of one request's drafts: alike those of its group until it shows otherwise."""
+    """Drafts of one group in one request: alike the group's until they show otherwise."""
 
     group: Hashable
     request: Hashable
@@ -55,12 +55,14 @@ class AcceptanceEstimator:
         self._forgetting = forgetting
         self._prior = accepted, judged
         self._counts: dict[Hashable, tuple[float, float]] = {}
+        self._own: dict[Hashable, dict[Hashable, tuple[float, float]]] = {}
+        """Of requests, by group."""
         self._judged_now: set[Hashable] = set()
 
     def alpha(self, of: Hashable) -> float:
         """The estimate for a class."""
         if isinstance(of, RequestClass):
-            accepted, judged = self._counts.get(of, (0.0, 0.0))
+            accepted, judged = self._own.get(of.request, {}).get(of.group, (0.0, 0.0))
             return (accepted + GROUP_TRIALS * self.alpha(of.group)) / (judged + GROUP_TRIALS)
         accepted, judged = self._counts.get(of, self._prior)
         return accepted / judged
@@ -80,17 +82,18 @@ class AcceptanceEstimator:
         if not judged:
             return
         if isinstance(of, RequestClass):
-            self._add(of, accepted, judged, (0.0, 0.0))
+            own = self._own.setdefault(of.request, {})
+            own[of.group] = self._added(of, own.get(of.group, (0.0, 0.0)), accepted, judged)
             of = of.group
-        self._add(of, accepted, judged, self._prior)
+        self._counts[of] = self._added(of, self._counts.get(of, self._prior), accepted, judged)
 
-    def release(self, of: Hashable) -> None:
-        """Forget a request's own counts; its group keeps what it taught."""
-        if isinstance(of, RequestClass):
-            self._counts.pop(of, None)
+    def release(self, request: Hashable) -> None:
+        """Forget a request's own counts; its groups keep what it taught."""
+        self._own.pop(request, None)
 
-    def _add(self, of: Hashable, accepted: int, judged: int, start: tuple[float, float]) -> None:
-        before = self._counts.get(of, start)
+    def _added(
+        self, of: Hashable, before: tuple[float, float], accepted: int, judged: int
+    ) -> tuple[float, float]:
         kept = 1.0 if of in self._judged_now else self._forgetting
-        self._counts[of] = kept * before[0] + accepted, kept * before[1] + judged
         self._judged_now.add(of)
+        return kept * before[0] + accepted, kept * before[1] + judged

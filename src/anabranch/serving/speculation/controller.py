@@ -62,8 +62,8 @@ class SpeculationController(ABC):
     def record(self, seconds: float) -> None:
         """How long the step took for which ``lengths`` decided: drafting, target, verification."""
 
-    def release(self, of: Hashable) -> None:
-        """No sequence of this class will come any more."""
+    def release(self, request: Hashable) -> None:
+        """No drafts of this request (:class:`RequestClass`) will come any more."""
 
 
 class FixedLength(SpeculationController):

@@ -152,9 +152,9 @@ class GoodputController(SpeculationController):
         """Hold the step against what was predicted."""
         self.step_cost.observe(seconds)
 
-    def release(self, of: Hashable) -> None:
+    def release(self, request: Hashable) -> None:
         """Forget a request's own counts."""
-        self.acceptance.release(of)
+        self.acceptance.release(request)
 
     def nodes(self, values: Sequence[Sequence[float]], load: Load) -> list[list[int]]:
         """Which nodes of each sequence's tree to verify, in ascending order.

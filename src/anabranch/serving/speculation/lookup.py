@@ -2,6 +2,7 @@
 
 Where the newest tokens occurred before, what followed them is likely to follow again: in summaries,
 edits of code, extraction, and answers that quote. The text that a client predicts is searched, too.
+The more tokens agree, the more of a draft is accepted: they are its likeness.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class _Index:
         for size in range(min(LONGEST, len(self.tokens)), SHORTEST - 1, -1):
             end = self.ends.get(tuple(self.tokens[-size:]))
             if end is not None:
-                return Proposal(self._continue(end, length))
+                return Proposal(self._continue(end, length), likeness=size)
         return None
 
     def _continue(self, end: int, length: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -29,6 +30,8 @@ class Proposal:
     counts: tuple[int, ...] | None = None
     forced: bool = False
     """Whether a constraint leaves no other text: whether to verify it is no question then."""
+    likeness: Hashable = None
+    """What tells good drafts of one proposer from bad ones: those alike are accepted alike."""
 
     def __post_init__(self) -> None:
         if self.parents is None:

@@ -35,8 +35,10 @@ from anabranch.serving.speculation.verification import (
 logger = logging.getLogger(__name__)
 
 OFF = "off"
+LONGEST_LOOKUP = 16
+"""Tokens of a draft that costs nothing. Long ones are worth their rows where the text is copied."""
 LONGEST = 8
-"""Tokens of a draft."""
+"""Tokens of a draft that a model makes."""
 
 
 @dataclass
@@ -69,6 +71,8 @@ class Speculation:
         self._verifier = verifier
         self._max_context = max_context
         self._end_tokens = frozenset(end_tokens)
+        self._likeness: dict[Sequence, Hashable] = {}
+        """Of each sequence's newest draft."""
 
     @classmethod
     def of(
@@ -83,8 +87,11 @@ class Speculation:
         controller: SpeculationController = NoSpeculation()
         if name != OFF:
             proposer = registry.get("proposers", name).of(context)
-            cost = None if proposer.free else proposer.seconds
-            controller = GoodputController.of(cost_model, cost, LONGEST)
+            controller = (
+                GoodputController.of(cost_model, None, LONGEST_LOOKUP)
+                if proposer.free
+                else GoodputController.of(cost_model, proposer.seconds, LONGEST)
+            )
             if proposer.own_lengths:
                 controller = FixedLength(MAX_NODES)
         verifier = Rejection() if context.options.drafts == 1 else KSequential()
@@ -116,11 +123,8 @@ class Speculation:
             return
         contexts = [len(sequence.tokens) for sequence in wanting]
         load = Load(prompt_tokens + others, contexts, free_slots)
-        classes = [self._class(sequence) for sequence in wanting]
-        if not self.controller.worth_proposing(classes, load):
-            return
         try:
-            drafts = self._drafts(self.proposer, wanting, rooms, classes, load)
+            drafts = self._drafts(self.proposer, wanting, rooms, load)
         except Exception:  # a defect in a drafter costs speed, never a request
             logger.exception("drafting failed; this step goes on without")
             return
@@ -157,7 +161,7 @@ class Speculation:
         self.statistics.accepted += accepted
         if not draft.forced:
             rejected = accepted < max(draft.depths)
-            self.controller.observe(self._class(sequence), accepted, rejected)
+            self.controller.observe(self._class(sequence, draft.likeness), accepted, rejected)
 
     def record(self, seconds: float) -> None:
         """How long a step took, from before its drafts to after its judgements."""
@@ -166,8 +170,9 @@ class Speculation:
     def forget(self, sequence: Sequence) -> None:
         """A sequence has finished."""
         if self.proposer is not None:
-            self.controller.release(self._class(sequence))
+            self.controller.release(_request(sequence))
             self.proposer.forget(sequence)
+            self._likeness.pop(sequence, None)
 
     def close(self) -> None:
         """The engine has stopped."""
@@ -179,9 +184,11 @@ class Speculation:
         proposer: Proposer,
         sequences: list[Sequence],
         rooms: list[int],
-        classes: list[Hashable],
         load: Load,
     ) -> list[Proposal | None]:
+        classes = [self._class(one, self._likeness.get(one)) for one in sequences]
+        if not self.controller.worth_proposing(classes, load):
+            return [None] * len(sequences)
         longest = [min(room, self.controller.longest) for room in rooms]
         if not proposer.free:
             lengths = self.controller.lengths(classes, load, None)
@@ -190,6 +197,10 @@ class Speculation:
             self._useful(sequence, draft)
             for sequence, draft in zip(sequences, proposer.propose(sequences, longest), strict=True)
         ]
+        for row, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True)):
+            if draft:
+                self._likeness[sequence] = draft.likeness
+                classes[row] = self._class(sequence, draft.likeness)
         available = [len(draft) if draft else 0 for draft in drafts]
         lengths = self.controller.lengths(classes, load, available)
         return [
@@ -197,17 +208,17 @@ class Speculation:
             for draft, length in zip(drafts, lengths, strict=True)
         ]
 
-    def _class(self, sequence: Sequence) -> Hashable:
+    def _class(self, sequence: Sequence, likeness: Hashable) -> Hashable:
         """Drafts of one class are accepted about equally often.
 
         How well a drafting model does is a matter of the adapter; whether an answer repeats its
-        context is one of the request.
+        context is one of the request, and of how much of the context it repeated just now.
         """
         adapter = sequence.request.adapter
-        group = adapter.key if adapter else None
+        group = adapter.key if adapter else None, likeness
         if self.proposer is None or not self.proposer.free:
             return group
-        return RequestClass(group, (sequence.request.id, sequence.index))
+        return RequestClass(group, _request(sequence))
 
     def _useful(self, sequence: Sequence, draft: Proposal | None) -> Proposal | None:
         """A chain without what can never be accepted: end tokens, and what a constraint refuses.
@@ -225,6 +236,10 @@ class Speculation:
         if state is not None and count:
             state.rollback(count)
         return draft.first(count)
+
+
+def _request(sequence: Sequence) -> Hashable:
+    return sequence.request.id, sequence.index
 
 
 def _forced(sequence: Sequence) -> list[int]:
