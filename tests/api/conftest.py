@@ -225,7 +225,7 @@ class LiveServer:
     """A real server in a thread, on a free loopback port."""
 
     def __init__(self, *models: Model, drain_timeout: float = 5.0, **options: Any) -> None:
-        app = create_app(models, ServerOptions(**options))
+        self.app = app = create_app(models, ServerOptions(**options))
         self._listener = bind("127.0.0.1", 0)
         self._listening = threading.Event()
         self.url = ""

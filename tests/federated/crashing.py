@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from anabranch import registry
+from anabranch import adapters, registry
 from anabranch.evaluation.testbeds import digits
 from anabranch.federated import (
     Buffered,
@@ -64,7 +64,10 @@ def places() -> Any:
 def simulated(strategy: Any, store: Path, **options: Any) -> Federation:
     options = {"rounds": 6, **options}
     local = digits.local(steps=3)
-    return strategy.simulate(digits.perceptron(), local, places(), store=store, **options)
+    model: Any = digits.perceptron()
+    if strategy.adapter:
+        model = adapters.build(strategy.adapter, model, r=8, target_modules=["0", "2"])
+    return strategy.simulate(model, local, places(), store=store, **options)
 
 
 def gossiping(store: Path) -> Federation:

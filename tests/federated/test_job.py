@@ -20,7 +20,7 @@ from anabranch.federated import Buffered, Deadline, Sync
 from anabranch.federated.codecs import Chain, ErrorFeedback
 from anabranch.federated.job import load_job
 from anabranch.federated.messages import Work
-from anabranch.federated.running import _claim
+from anabranch.federated.running import claim
 from anabranch.federated.strategies import FedAvgServer, FedProx
 from tests.federated.helpers import vectors
 from tests.training.tiny_base import write_base
@@ -175,4 +175,4 @@ def test_files_that_are_no_jobs(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "mine").touch()
     with pytest.raises(ConfigurationError, match="not empty"):
-        _claim(folder, None)  # type: ignore[arg-type]
+        claim(folder, None)  # type: ignore[arg-type]

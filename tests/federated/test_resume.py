@@ -49,6 +49,10 @@ def crashed(tmp_path_factory):
 CASES = (
     "fedadam",
     "fedavg",
+    "fedit",
+    "fed-sb",
+    "ffa",
+    "offsite",
     "fedprox",
     "fedamd",
     "fedavg_m",

@@ -65,12 +65,19 @@ def trained(federation):
     return torch.cat([t.reshape(-1) for t in federation.server.tensors.values()])
 
 
+def network_for(cls):
+    """The perceptron, with the adapter that the method is for."""
+    if not cls.adapter:
+        return digits.perceptron()
+    return adapters.build(cls.adapter, digits.perceptron(), r=8, target_modules=["0", "2"])
+
+
 @pytest.mark.parametrize("cls", ALL)
 class TestEveryStrategy:
     """A contract: a new method is here as soon as it is registered."""
 
     def test_learns_something_with_its_defaults(self, cls):
-        model = digits.perceptron()
+        model = network_for(cls)
         rounds = 60 if cls.name in WITHOUT_GRADIENTS else 15
         federation = cls().simulate(
             model, digits.local(), places(), rounds=rounds, watch=digits.watch(model)
@@ -81,7 +88,7 @@ class TestEveryStrategy:
 
     def test_does_not_depend_on_the_order_in_which_clients_run(self, cls):
         def run(order):
-            model = digits.perceptron()
+            model = network_for(cls)
             made = cls().simulate(model, digits.local(steps=3), places(), rounds=2)
             made.runtime.order = order
             return trained(made)
@@ -89,13 +96,13 @@ class TestEveryStrategy:
         assert torch.equal(run(None), run(lambda tasks: tasks[::-1]))
 
     def test_leaves_the_simulated_model_as_it_was(self, cls):
-        model = digits.perceptron()
+        model = network_for(cls)
         before = copy.deepcopy(model.state_dict())
         cls().simulate(model, digits.local(steps=2), places(), rounds=2).run()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
     def test_without_a_barrier_with_a_codec_and_in_a_tree(self, cls):
-        model, local = digits.perceptron(), digits.local(steps=3)
+        model, local = network_for(cls), digits.local(steps=3)
         codec = ErrorFeedback(Chain([TopK(0.2), Quantise(8)]))
         names = [site.name for site in places()]
         for options in (

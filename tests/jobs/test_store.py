@@ -67,13 +67,13 @@ def store(url: str, clock: Clock) -> Iterator[JobStore]:
 def test_the_life_of_a_job(store: JobStore) -> None:
     made = store.create(KIND, {"x": [1]}, target="m", owner="o", notes=[NewEvent("a", "created")])
     assert (made.state, made.spec, made.started, made.lease) == ("queued", {"x": [1]}, None, None)
-    assert store.claim("other", ["m"]) is None
-    assert store.claim(KIND, ["n"]) is None
-    running = store.claim(KIND, ["m"])
+    assert store.claim(["other"], ["m"]) is None
+    assert store.claim([KIND], ["n"]) is None
+    running = store.claim([KIND], ["m"])
     assert running is not None
     assert (running.id, running.state, running.lease) == (made.id, "running", store.process)
     assert running.started is not None
-    assert store.claim(KIND, ["m"]) is None
+    assert store.claim([KIND], ["m"]) is None
     notes = [NewEvent("b", "one", data={"loss": 1.5}), NewEvent("b", "two", "warn")]
     assert store.record([Report(made.id, progress={"step": 1}, events=notes)]) == set()
     made_of = [Artefact("file", "/somewhere", 3, "abc")]
@@ -132,17 +132,17 @@ def test_events_page_both_ways(store: JobStore) -> None:
 
 def test_priority_then_age(store: JobStore) -> None:
     ids = [store.create(KIND, {}, target="m", priority=p).id for p in (0, 5, 0, 5)]
-    claimed = [store.claim(KIND, ["m"]) for _ in ids]
+    claimed = [store.claim([KIND], ["m"]) for _ in ids]
     assert [job and job.id for job in claimed] == [ids[1], ids[3], ids[0], ids[2]]
 
 
 def test_a_name_is_made_by_one_unfinished_job(store: JobStore) -> None:
-    first = store.create(KIND, {}, target="m", name="tone")
-    store.create(KIND, {}, target="other", name="tone")
+    first = store.create(KIND, {}, target="m", name="tone", exclusive=True)
+    store.create(KIND, {}, target="other", name="tone", exclusive=True)
     with pytest.raises(NameTaken, match="'tone'"):
-        store.create(KIND, {}, target="m", name="tone")
+        store.create(KIND, {}, target="m", name="tone", exclusive=True)
     store.ask(first.id, "cancel")
-    store.create(KIND, {}, target="m", name="tone")
+    store.create(KIND, {}, target="m", name="tone", exclusive=True)
 
 
 def test_two_stores_compete_for_every_job(url: str, store: JobStore) -> None:
@@ -151,7 +151,7 @@ def test_two_stores_compete_for_every_job(url: str, store: JobStore) -> None:
     ids = {store.create(KIND, {}, target="m").id for _ in range(10)}
     got: list[Job] = []
     for turn in range(12):
-        job = (store, other)[turn % 2].claim(KIND, ["m"])
+        job = (store, other)[turn % 2].claim([KIND], ["m"])
         got += [job] if job else []
     assert {job.id for job in got} == ids
     assert len(got) == 10
@@ -166,15 +166,15 @@ def test_a_lease_that_nobody_renews_expires(url: str) -> None:
     first, second = Clock(), Clock()
     holder, rival = (JobStore(url, lease_seconds=30, clock=c) for c in (first, second))
     job = holder.create(KIND, {}, target="m")
-    assert holder.claim(KIND, ["m"]) is not None
+    assert holder.claim([KIND], ["m"]) is not None
     second.now = first.now + 29
-    assert rival.claim(KIND, ["m"]) is None
+    assert rival.claim([KIND], ["m"]) is None
     first.now += 20
     holder.beat()
     second.now = first.now + 29
-    assert rival.claim(KIND, ["m"]) is None
+    assert rival.claim([KIND], ["m"]) is None
     second.now = first.now + 31
-    taken = rival.claim(KIND, ["m"])
+    taken = rival.claim([KIND], ["m"])
     assert taken is not None
     assert taken.id == job.id
     assert holder.record([Report(job.id, "succeeded")]) == {job.id}
@@ -185,11 +185,11 @@ def test_a_lease_that_nobody_renews_expires(url: str) -> None:
 
 def test_a_released_job_is_still_running_and_free(url: str, store: JobStore) -> None:
     job = store.create(KIND, {}, target="m")
-    store.claim(KIND, ["m"])
-    store.release()
+    store.claim([KIND], ["m"])
+    store.release([KIND])
     assert (store.get(job.id).state, store.get(job.id).lease) == ("running", None)
     other = JobStore(url)
-    again = other.claim(KIND, ["m"])
+    again = other.claim([KIND], ["m"])
     assert again is not None
     assert again.started == store.get(job.id).started
     other.close()
@@ -198,9 +198,9 @@ def test_a_released_job_is_still_running_and_free(url: str, store: JobStore) -> 
 def test_asking(store: JobStore) -> None:
     job = store.create(KIND, {}, target="m")
     assert store.ask(job.id, "pause").state == "paused"
-    assert store.claim(KIND, ["m"]) is None
+    assert store.claim([KIND], ["m"]) is None
     assert store.ask(job.id, "run").state == "queued"
-    assert store.claim(KIND, ["m"]) is not None
+    assert store.claim([KIND], ["m"]) is not None
     # It is held now: its process reads the wish and reports what came of it.
     asked = store.ask(job.id, "pause")
     assert (asked.state, asked.wanted) == ("running", "pause")
@@ -208,13 +208,13 @@ def test_asking(store: JobStore) -> None:
     store.record([Report(job.id, "paused")])
     # It goes back into the queue, of which only its holder can take it.
     assert store.ask(job.id, "run").state == "queued"
-    again = store.claim(KIND, ["m"])
+    again = store.claim([KIND], ["m"])
     assert again is not None
     assert again.lease == store.process
     store.ask(job.id, "cancel")
-    store.release()
+    store.release([KIND])
     # What was asked of a process that is gone is carried out by the next one.
-    assert store.claim(KIND, ["m"]) is None
+    assert store.claim([KIND], ["m"]) is None
     assert store.get(job.id).state == "cancelled"
     for wanted in ("run", "pause", "cancel"):
         if wanted == "cancel":
@@ -227,7 +227,7 @@ def test_asking(store: JobStore) -> None:
 def test_a_forbidden_report_writes_nothing(store: JobStore) -> None:
     ids = [store.create(KIND, {}, target="m").id for _ in range(2)]
     for _ in ids:
-        store.claim(KIND, ["m"])
+        store.claim([KIND], ["m"])
     reports = [Report(ids[0], progress={"step": 1}), Report(ids[1], "queued")]
     with pytest.raises(ForbiddenTransition, match="running and cannot become queued"):
         store.record(reports)
@@ -306,7 +306,7 @@ WRITER = """
 import sys
 from anabranch.jobs import JobStore, NewEvent, Report
 store = JobStore(sys.argv[1])
-job = store.claim("test", ["m"])
+job = store.claim(["test"], ["m"])
 step = 0
 while True:
     step += 1
@@ -326,12 +326,12 @@ def test_kill_9_loses_nothing_and_frees_the_job_at_once(url: str, store: JobStor
     told = 0
     while told < 20:
         told = int(writer.stdout.readline())
-    assert store.claim(KIND, ["m"]) is None
+    assert store.claim([KIND], ["m"]) is None
     writer.send_signal(signal.SIGKILL)
     told = max([told, *map(int, writer.stdout.read().split())])
     writer.wait()
     # Its lease is fresh, but its process is known to be gone.
-    taken = store.claim(KIND, ["m"])
+    taken = store.claim([KIND], ["m"])
     assert taken is not None
     assert taken.id == job.id
     step = taken.progress["step"]
@@ -347,7 +347,7 @@ from anabranch.jobs import JobStore
 store = JobStore(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
-while (job := store.claim("test", ["m"])) is not None:
+while (job := store.claim(["test"], ["m"])) is not None:
     print(job.id, flush=True)
 sys.stdin.readline()
 """
@@ -409,7 +409,7 @@ class StateMachine(RuleBasedStateMachine):
     @rule()
     def claim(self) -> None:
         before = self.store.get(self.job.id)
-        claimed = self.store.claim(KIND, ["m"])
+        claimed = self.store.claim([KIND], ["m"])
         now = self.store.get(self.job.id)
         if claimed is not None:
             assert claimed == now
@@ -435,7 +435,7 @@ class StateMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        self.store.release()
+        self.store.release([KIND])
 
     @precondition(lambda self: self.last in FINISHED)
     @invariant()

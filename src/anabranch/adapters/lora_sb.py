@@ -111,6 +111,18 @@ def estimate_gradients(
 
     Raises :class:`AdapterError` if a weight has no gradient, an all-zero one or one with NaN.
     """
+    sums = base_gradients(model, losses, adapter)
+    for name in _layers(model, adapter):
+        require_subspace(name, sums.get(name))
+    return sums
+
+
+def base_gradients(
+    model: nn.Module,
+    losses: Iterable[Callable[[], Tensor]],
+    adapter: str | None = None,
+) -> dict[str, Tensor]:
+    """:func:`estimate_gradients` as they are, for parties that add theirs up before they look."""
     layers = _layers(model, adapter)
     sums: dict[str, Tensor] = {}
     handles = []
@@ -134,8 +146,6 @@ def estimate_gradients(
             layer._disable_adapters = False
             layer.get_base_layer().weight.requires_grad_(False)
         model.train(training)
-    for name in layers:
-        _require_subspace(name, sums.get(name))
     return sums
 
 
@@ -154,7 +164,7 @@ def initialise(
     layers = _layers(model, adapter)
     for name, layer in layers.items():
         gradient = gradients.get(name)
-        _require_subspace(name, gradient)
+        require_subspace(name, gradient)
         assert gradient is not None
         wanted = (layer.site.out_features, layer.site.in_features)
         if tuple(gradient.shape) != wanted:
@@ -164,12 +174,61 @@ def initialise(
     for name, layer in layers.items():
         branch = layer.branches[_name(layer, adapter)]
         assert isinstance(branch, BRA)
-        update = -learning_rate * torch.sign(gradients[name].float())
-        u, s, v = _svd(update, branch.R.in_features)
+        b, core, a = first_step(gradients[name], branch.R.in_features, learning_rate)
         with torch.no_grad():
-            branch.B.copy_(u)
-            branch.R.weight.copy_(torch.diag(s))
-            branch.A.copy_(v.T)
+            branch.B.copy_(b)
+            branch.R.weight.copy_(core)
+            branch.A.copy_(a)
+
+
+def first_step(gradient: Tensor, rank: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    """B [out, r], R [r, r] and A [r, in] of the best rank-r form of ``-learning_rate * sign(G)``.
+
+    Directions are ordered by how much of the step they carry.
+    """
+    u, s, v = _svd(-learning_rate * torch.sign(gradient.float()), rank)
+    return u.contiguous(), torch.diag(s), v.T.contiguous()
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``[out, r]`` and ``[r, in]`` whose product is the best rank-r form of a matrix."""
+    u, s, v = _svd(matrix.float(), min(rank, *matrix.shape))
+    return (u * s).contiguous(), v.T.contiguous()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapted module's parts are in the model, as names of parameters and buffers.
+
+    ``site`` is the module's name in the base, ``shape`` its weight's [out, in].
+    """
+
+    site: str
+    shape: tuple[int, int]
+    core: str
+    a: str
+    b: str
+
+
+def places(model: nn.Module, adapter: str | None = None) -> list[Place]:
+    """Every adapted module, in the order of names."""
+    wanted = {id(layer) for layer in _layers(model, adapter).values()}
+    found = []
+    for name, layer in model.named_modules():
+        if id(layer) in wanted:
+            assert isinstance(layer, AdaptedLayer)
+            site = layer.site
+            stem = f"{name}.{layer._container}.{_name(layer, adapter)}".removeprefix(".")
+            shape = site.out_features, site.in_features
+            found.append(Place(site.name, shape, f"{stem}.R.weight", f"{stem}.A", f"{stem}.B"))
+    return sorted(found, key=lambda place: place.site)
+
+
+def factors(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+    """Copies of all A and B, by their names as buffers."""
+    buffers = dict(model.named_buffers())
+    names = [name for place in places(model, adapter) for name in (place.a, place.b)]
+    return {name: buffers[name].detach().clone() for name in names}
 
 
 def fingerprint(model: nn.Module, adapter: str | None = None) -> str:
@@ -213,7 +272,8 @@ def _collector(sums: dict[str, Tensor], name: str, site: Site) -> Callable[[Tens
     return collect
 
 
-def _require_subspace(name: str, gradient: Tensor | None) -> None:
+def require_subspace(name: str, gradient: Tensor | None) -> None:
+    """Raise :class:`AdapterError` unless a first step can be taken along this gradient."""
     if gradient is None:
         raise AdapterError(f"lora_sb: no gradient for {name}; does the loss depend on it?")
     if not torch.isfinite(gradient).all():

@@ -16,12 +16,14 @@ from anabranch import __version__
 from anabranch.api import openapi
 from anabranch.api.errors import handle_anabranch_error, handle_http_exception
 from anabranch.api.middleware import ApiKeys, BodyLimit, RefuseWhileDraining, RequestContext
+from anabranch.api.middleware.api_keys import CONSOLE
 from anabranch.api.routes import (
     chat,
     completions,
     embeddings,
     files,
     fine_tuning,
+    jobs,
     models,
     operations,
 )
@@ -66,6 +68,7 @@ def create_app(models_: Sequence[Model], options: ServerOptions | None = None) -
     if service.fine_tuning is not None:
         app.include_router(files.router)
         app.include_router(fine_tuning.router)
+        app.include_router(jobs.router)
     openapi.install(app, has_keys=bool(options.api_keys))
     return app
 
@@ -74,17 +77,18 @@ def _uploads(options: ServerOptions) -> Mapping[str, int]:
     if options.workspace is None:
         return {}
     # The form around the file has a few hundred bytes; what is too much for the file it says.
-    return {files.PATH: options.workspace.files.max_bytes + 2 * 1024 * 1024}
+    most = options.workspace.files.max_bytes + 2 * 1024 * 1024
+    return {files.PATH: most, f"{CONSOLE}/_nicegui/client/": most}
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     async with AsyncExitStack() as stack:
-        jobs = service.fine_tuning
-        if jobs is not None:
+        fine_tuning = service.fine_tuning
+        if fine_tuning is not None:
             # Called last: what the models reported while they closed is written too.
-            stack.push_async_callback(asyncio.to_thread, jobs.runner.stop)
+            stack.push_async_callback(asyncio.to_thread, fine_tuning.runner.stop)
         for model in service.models.values():
             stack.push_async_callback(model.close)
             try:
@@ -92,9 +96,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             except BaseException as error:
                 service.startup_error = error
                 raise
-        if jobs is not None:
-            await jobs.start()
-            stack.callback(jobs.runner.close)
+        if fine_tuning is not None:
+            await fine_tuning.start()
+            stack.callback(fine_tuning.runner.close)
+        if service.job_runner is not None:
+            service.job_runner.start()
+            stack.push_async_callback(asyncio.to_thread, service.job_runner.stop)
         sampler = asyncio.create_task(_sample(service))
         stack.callback(sampler.cancel)
         yield

@@ -72,6 +72,22 @@ def validate(value: Any, schema: type[Body]) -> Body:
         ) from None
 
 
+def problems(value: dict[str, Any], schema: type[BaseModel]) -> dict[str, str]:
+    """Everything that is wrong, by the field's place; one message for a field. For forms."""
+    try:
+        schema.model_validate(value)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=True)
+        paths = [_path(item, value) for item in errors]
+        best: dict[tuple[str | int, ...], int] = {}
+        for i, path in enumerate(paths):
+            field = tuple(path[:2])
+            if field not in best or len(path) > len(paths[best[field]]):
+                best[field] = i
+        return {_dotted(paths[i]): _message(errors[i], paths[i], schema) for i in best.values()}
+    return {}
+
+
 def _message(error: ErrorDetails, path: list[str | int], schema: type[BaseModel]) -> str:
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":

@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from anabranch.api import schemas
 from anabranch.api.fine_tuning.schemas import FineTuningRequest
+from anabranch.api.jobs import JobRequest
 from anabranch.api.responses import ErrorResponse
 
 REFERENCE = "#/components/schemas/{model}"
@@ -90,6 +91,7 @@ def install(app: FastAPI, has_keys: bool) -> None:
                 schemas.EmbeddingRequest,
                 schemas.AdapterRequest,
                 FineTuningRequest,
+                JobRequest,
             ]
             _, definitions = models_json_schema(
                 [(body, "validation") for body in bodies], ref_template=REFERENCE

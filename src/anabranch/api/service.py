@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from anabranch.api.fine_tuning import FineTuningService
 from anabranch.api.metrics import Metrics
 from anabranch.errors import ConfigurationError, InvalidRequest, ModelNotFound, did_you_mean
 from anabranch.jobs import Workspace
+from anabranch.jobs.service import Jobs
 from anabranch.models import cache
 from anabranch.models.protocol import Model
 
@@ -25,6 +27,7 @@ class ServerOptions:
 
     ``workspace`` is where uploaded files and fine-tuning jobs are kept; without one the server
     offers neither. Whoever opened it closes it. At most ``max_finetune_jobs`` train at a time.
+    With ``run_jobs`` clients may start jobs that run as processes of this machine.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -33,6 +36,7 @@ class ServerOptions:
     adapters: Path = field(default_factory=lambda: cache.root() / "adapters")
     workspace: Workspace | None = None
     max_finetune_jobs: int = 4
+    run_jobs: bool = False
 
 
 class Service:
@@ -51,6 +55,8 @@ class Service:
             if options.workspace is not None
             else None
         )
+        self.jobs = Jobs(options.workspace) if options.workspace is not None else None
+        self.job_runner = self.jobs.runner() if self.jobs is not None else None
         self.metrics = Metrics(list(models))
         self.created = int(time.time())
         self.draining = False
@@ -75,6 +81,43 @@ class Service:
     def listed(self) -> list[Model]:
         """All models, each followed by its variants."""
         return [m for model in self.models.values() for m in (model, *model.variants())]
+
+    def poke_jobs(self) -> None:
+        """Something was asked of a job."""
+        if self.fine_tuning is not None:
+            self.fine_tuning.runner.poke()
+        if self.job_runner is not None:
+            self.job_runner.poke()
+
+    async def load_adapter(self, base: str, adapter: str, source: str | None = None) -> Model:
+        """Serve ``base:adapter`` from a subfolder of the folder of adapters, named alike if None.
+
+        Requests that run keep the version that they started with.
+        """
+        if base not in self.models:
+            raise ModelNotFound(f"model: {base[:100]!r} is no base model that is served here")
+        return await self.models[base].add_adapter(adapter, self.adapter_folder(source or adapter))
+
+    async def unload_adapter(self, name: str) -> str:
+        """Stop serving ``model:adapter``, now and at the next start; returns its whole name.
+
+        Requests that run on it finish, and its files stay.
+        """
+        if name in self.models:
+            raise InvalidRequest("model", f"{name!r} is a base model; only adapters can be deleted")
+        found = self.model(name)
+        base, _, adapter = found.name.rpartition(":")
+        await self.models[base].remove_adapter(adapter)
+        if self.fine_tuning is not None:
+            await asyncio.to_thread(self.fine_tuning.forget_model, base, adapter)
+        return found.name
+
+    def loadable_adapters(self, base: str) -> list[str]:
+        """Names in the folder of adapters that are not served on this model yet."""
+        served = {variant.name for variant in self.models[base].variants()}
+        folder = self.options.adapters
+        found = [path.parent.name for path in folder.glob("*/adapter_config.json")]
+        return sorted(name for name in found if f"{base}:{name}" not in served)
 
     def adapter_folder(self, name: str) -> Path:
         """Where the adapter of this name lies; a client cannot name other folders."""

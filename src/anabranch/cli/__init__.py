@@ -17,9 +17,12 @@ from anabranch.cli import (
     chat,
     claims,
     federate,
+    federation,
+    federation_compare,
     finetune,
     geometry,
     graph,
+    jobs,
     label,
     models,
     registry,
@@ -60,6 +63,9 @@ app.command("chat")(chat.chat)
 app.command("top")(top.top)
 app.command("finetune")(finetune.finetune)
 app.command("federate")(federate.federate)
+federation.app.command("compare")(federation_compare.compare)
+app.add_typer(federation.app, name="federation")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.command("list")(registry.list_)
 app.add_typer(adapters.app, name="adapters")

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 MOST_ROWS = 20
 
+Publish = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Serve every version at once on this anabranch up."),
+]
+
 
 def federate(
     file: Annotated[Path, typer.Argument(help="A job file, see docs/federation.md.")],
@@ -30,15 +35,21 @@ def federate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Default: runs/<name of the job>.")
     ] = None,
+    publish: Publish = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="simulation, or processes of this machine."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Let simulated clients learn together by a job: data, split, method, schedule, codecs.
+    """Let clients on this machine learn together by a job: data, split, method, schedule, codecs.
 
     Killed or interrupted, the same command goes on where it was.
     """
     from anabranch.federated.job import load_job
 
-    job = load_job(file, overrides or ())
+    chosen = [] if runtime is None else [f"runtime={runtime}"]
+    job = load_job(file, [*with_publish(overrides, publish), *chosen])
     folder = output or Path("runs") / job.federate
     with showing() as (report, observe):
         report("importing torch", None)
@@ -51,20 +62,14 @@ def federate(
             raise typer.Exit(INTERRUPTED) from None
     draw(outcome)
     if json:
-        result = outcome.result
-        print_json(
-            {
-                "versions": result.version,
-                "metrics": dict(result.metrics),
-                "virtual_seconds": result.seconds,
-                "bytes": result.ledger.total().bytes,
-                "incidents": len(result.incidents),
-                "output": str(outcome.folder),
-                "saved": str(outcome.saved),
-            }
-        )
+        print_json(as_json(outcome))
     else:
         show(outcome)
+
+
+def with_publish(overrides: list[str] | None, url: str | None) -> list[str]:
+    """Overrides of a job, with the key that the option is short for."""
+    return [*(overrides or ()), *([] if url is None else [f"publish.url={url}"])]
 
 
 @contextmanager
@@ -146,6 +151,20 @@ def draw(outcome: Outcome) -> None:
         write_text(outcome.folder / "loss.svg", picture)
 
 
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """What programs want to know of a finished federation."""
+    result = outcome.result
+    return {
+        "versions": result.version,
+        "metrics": dict(result.metrics),
+        "virtual_seconds": result.seconds,
+        "bytes": result.ledger.total().bytes,
+        "incidents": len(result.incidents),
+        "output": str(outcome.folder),
+        "saved": str(outcome.saved),
+    }
+
+
 def show(outcome: Outcome) -> None:
     """First and last figures, bytes, time, incidents, and where everything is."""
     result = outcome.result
@@ -157,7 +176,7 @@ def show(outcome: Outcome) -> None:
     out.print(table)
     up, down = (result.ledger.total(direction=direction) for direction in ("up", "down"))
     out.print(
-        f"{result.version} versions in {result.seconds:.1f} s of virtual time; "
+        f"{result.version} versions in {result.seconds:.1f} s of the run's time; "
         f"{bytes_text(up.bytes)} up, {bytes_text(down.bytes)} down"
     )
     for incident in result.incidents:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from anabranch.models.progress import PROGRESS_FILE
 
 # Names and messages may contain brackets: nothing is read as markup.
 out = Console(markup=False, highlight=False, soft_wrap=True)
@@ -67,7 +71,26 @@ def parse_bytes(text: str) -> int:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, float | None], None]]:
-    """Shows ``report(message, fraction)``: a bar on a terminal, else a line now and then."""
+    """Shows ``report(message, fraction)``: a bar on a terminal, else a line now and then.
+
+    Where a program asked for it (:data:`PROGRESS_FILE`) it is told as well.
+    """
+    with _progress() as report:
+        if (path := os.environ.get(PROGRESS_FILE)) is None:
+            yield report
+            return
+        with Path(path).open("a", encoding="utf-8") as file:
+
+            def report_both(message: str, fraction: float | None) -> None:
+                report(message, fraction)
+                file.write(json.dumps({"message": message, "fraction": fraction}) + "\n")
+                file.flush()
+
+            yield report_both
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float | None], None]]:
     if not errors.is_terminal:
         last, printed = "", float("-inf")
 

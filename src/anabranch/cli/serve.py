@@ -19,6 +19,8 @@ from anabranch.cli.output import bytes_text, count_text, errors, out, parse_byte
 from anabranch.models.packaged import DEFAULT
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from anabranch.models.protocol import Model
     from anabranch.serving.options import CacheFormat, WeightFormat
 
@@ -129,6 +131,15 @@ def up(
             help="Database for jobs, as an SQLAlchemy URL; SQLite in the state folder if absent.",
         ),
     ] = None,
+    run_jobs: Annotated[
+        bool | None,
+        typer.Option(
+            "--run-jobs/--no-run-jobs",
+            envvar=_env("run_jobs"),
+            help="Whether clients may start jobs as processes of this machine. Default: only if "
+            "nobody else reaches it: a loopback address and no API keys.",
+        ),
+    ] = None,
     tpot_slo_ms: Annotated[
         float | None,
         typer.Option(
@@ -201,6 +212,10 @@ def up(
         Path | None,
         typer.Option(envvar=_env("api_key_file"), help="One key a line; # begins a comment."),
     ] = None,
+    no_console: Annotated[
+        bool,
+        typer.Option("--no-console", envvar=_env("no_console"), help="Serve the HTTP API only."),
+    ] = False,
     drain_timeout: Annotated[
         float,
         typer.Option(envvar=_env("drain_timeout"), min=0, help="Seconds to finish on SIGTERM."),
@@ -216,6 +231,7 @@ def up(
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     # What can be wrong cheaply is found before the model is loaded.
+    from anabranch.addresses import is_loopback
     from anabranch.api import ServerOptions, bind, create_app, read_api_keys, serve
     from anabranch.jobs import Workspace
     from anabranch.models import cache
@@ -227,7 +243,9 @@ def up(
     folders = [_named_folder(text, server_options.adapters) for text in adapter or ()]
     listener = bind(host, port)
     workspace = Workspace.open(state or cache.root() / "state", jobs_url)
-    server_options = replace(server_options, workspace=workspace)
+    if run_jobs is None:
+        run_jobs = not keys and is_loopback(host)
+    server_options = replace(server_options, workspace=workspace, run_jobs=run_jobs)
     with progress() as report:
         report("importing torch", None)
         # Idle threads of torch soon sleep instead of spinning: the event loop needs a core too.
@@ -273,9 +291,10 @@ def up(
             report(f"loading {embedding_model}", None)
             served.append(models.load_encoder(embedding_model))
     app = create_app(served, server_options)
+    console = "not served" if no_console else install_console(app)
 
     def on_listening(url: str) -> None:
-        announce(served, url, needs_key=bool(keys))
+        announce(served, url, needs_key=bool(keys), console=console)
 
     try:
         status = serve(app, listener, drain_timeout=drain_timeout, on_listening=on_listening)
@@ -291,7 +310,19 @@ def _named_folder(text: str, deployed: Path) -> tuple[str, Path]:
     return name, Path(folder) if folder else deployed / name
 
 
-def announce(served: list[Model], url: str, needs_key: bool) -> None:
+def install_console(app: FastAPI) -> str:
+    """Serve the web page if its extra is installed; empty, or why it is not served."""
+    from anabranch.console import install
+    from anabranch.errors import MissingExtra
+
+    try:
+        install(app)
+    except MissingExtra as error:
+        return f"not installed; pip install 'anabranch[{error.extra}]'"
+    return ""
+
+
+def announce(served: list[Model], url: str, needs_key: bool, console: str = "") -> None:
     """Say what is served, where, and how to try it: a panel on a terminal, else plain lines."""
     lines = []
     for model in served:
@@ -308,6 +339,7 @@ def announce(served: list[Model], url: str, needs_key: bool) -> None:
         if memory is not None:
             lines.append(f"memory   {bytes_text(memory)} for keys and values")
     lines.append(f"address  {url}/v1")
+    lines.append(f"console  {console or url + '/'}")
     text = "\n".join(lines)
     if out.is_terminal:
         panel = Panel(Text(text), title="anabranch is listening", expand=False)

@@ -136,6 +136,7 @@ class Federation:
             self._take(happened)
             self._send_out()
         self._save()
+        self.runtime.finish(state.stopped)
         return self.coordinator.result()
 
     def _take(self, happened: Timed) -> None:

@@ -85,6 +85,10 @@ class StoreError(FederationError):
     """A stored run or client state cannot be read or written."""
 
 
+class StoreFull(FederationError):
+    """Shared memory has no room for a message, and none was made in time."""
+
+
 class SnapshotMismatch(StoreError):
     """A stored run is of another strategy, seed or wire format."""
 

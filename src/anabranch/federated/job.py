@@ -22,19 +22,33 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from torch import nn
 
 from anabranch import registry
 from anabranch.errors import ConfigurationError, UnknownName
 from anabranch.federated import splits
 from anabranch.federated.clock import DeviceProfile, log_uniform
 from anabranch.federated.codecs import Chain, Codec, ErrorFeedback
+from anabranch.federated.local import LocalTraining
 from anabranch.federated.messages import Work
+from anabranch.federated.runtimes import Runtime, Simulation, Site
+from anabranch.federated.runtimes.processes import Processes
 from anabranch.federated.scheduling import Buffered, Deadline, Everyone, Schedule, Sync, Uniform
+from anabranch.federated.secure import (
+    FixedPoint,
+    Secure,
+    SecureOptions,
+    refuse_codec,
+    secure_schedule,
+)
 from anabranch.federated.strategies import FedAvg, Strategy
 from anabranch.federated.topologies import Star, Topology, Tree
+from anabranch.training.checks import ALL_WEIGHTS
+from anabranch.training.objective import Objective
 from anabranch.training.options import parse_options
 from anabranch.training.plugins import construct
+from anabranch.training.privacy import Privacy
 from anabranch.training.recipe import NAME, Choice, Count, Recipe, Section
 from anabranch.training.recipe_file import load_recipe, parse_yaml, with_override
 
@@ -83,11 +97,13 @@ class Clients(Section):
 class Timetable(Section):
     """``sync`` (``sample`` clients a round: a number or a share), ``deadline`` (also ``seconds``
     and ``enough``) or ``buffered`` (``size``, ``max_staleness``); ``rounds`` are versions to make.
+    With a barrier the clients' learning rate may fall from round to round by ``decay``.
     """
 
     name: Literal["sync", "deadline", "buffered"] = "sync"
     rounds: Count = 10
     sample: Annotated[int | float | None, Field(gt=0)] = None
+    decay: Literal["constant", "linear", "cosine"] | None = None
     seconds: Annotated[float | None, Field(gt=0)] = None
     enough: Count | None = None
     size: Count | None = None
@@ -96,8 +112,8 @@ class Timetable(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Timetable:
         own = {
-            "sync": {"sample"},
-            "deadline": {"sample", "seconds", "enough"},
+            "sync": {"sample", "decay"},
+            "deadline": {"sample", "decay", "seconds", "enough"},
             "buffered": {"size", "max_staleness"},
         }[self.name]
         given = {n for n in self.model_fields_set if getattr(self, n) is not None}
@@ -110,11 +126,14 @@ class Timetable(Section):
     def build(self, work: Work) -> Schedule:
         """The schedule."""
         sampler = Everyone() if self.sample is None else Uniform(self.sample)
+        decay = self.decay or "constant"
         if self.name == "sync":
-            return Sync(self.rounds, sampler, work)
+            return Sync(self.rounds, sampler, work, decay=decay)
         if self.name == "deadline":
             assert self.seconds is not None
-            return Deadline(self.rounds, sampler, work, seconds=self.seconds, enough=self.enough)
+            return Deadline(
+                self.rounds, sampler, work, decay=decay, seconds=self.seconds, enough=self.enough
+            )
         return Buffered(self.rounds, self.size or 10, self.max_staleness, work)
 
 
@@ -129,6 +148,56 @@ class Local(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give steps or epochs, one of the two")
         return self
+
+
+class Promise(Section):
+    """Differential privacy of every single example, against everyone who sees what clients send.
+
+    The coordinator is among them: noise is added by the clients, which keep the account.
+    ``epsilon`` is the budget of the whole run, for each client, ``delta`` below one over its
+    examples, ``clip`` the largest norm of one example's gradient. ``noise`` is the noise
+    multiplier; without it the smallest that keeps the budget for all rounds is used. Not hidden
+    are how many examples a client has, and what several examples of one person have in common.
+    """
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    clip: float = Field(gt=0)
+    noise: Annotated[float | None, Field(gt=0)] = None
+
+    def build(self, rounds: int) -> Privacy:
+        """For clients that may be asked in every round."""
+        return Privacy(self.delta, self.clip, self.epsilon, self.noise, tasks=rounds)
+
+
+class SecureSum(Section):
+    """The coordinator learns the sum of a round's updates, and no single one. ``secure: true`` is
+    short for the defaults. See :class:`SecureOptions` and :class:`FixedPoint`.
+    """
+
+    threshold: int | float = 2 / 3
+    bits: Literal[32, 64] = 64
+    fraction: int | None = None
+
+    def build(self) -> SecureOptions:
+        """The options; a fraction of 24 bits, or 16 of 32."""
+        fraction = self.fraction or (24 if self.bits == 64 else 16)
+        return SecureOptions(self.threshold, FixedPoint(self.bits, fraction))
+
+
+class Publish(Section):
+    """Every version is served at once by the server at ``url`` (``anabranch up``), as ``adapter``.
+
+    ``model`` is the base's name there; not needed if there is one only. ``folder`` is the server's
+    folder of adapters, on this machine or shared; by default that of the cache. ``key_file`` holds
+    an API key.
+    """
+
+    url: str = Field(pattern=r"^https?://[^/\s]+/?$")
+    model: str | None = None
+    adapter: str | None = Field(default=None, pattern=rf"^{NAME}$")
+    folder: Path | None = None
+    key_file: Path | None = None
 
 
 class FederateJob(Section):
@@ -152,12 +221,27 @@ class FederateJob(Section):
     tree: Annotated[int | None, Field(ge=2)] = None
     """Inputs of each aggregator; null: all clients send to the coordinator."""
     devices: Literal["equal", "log_uniform"] = "equal"
+    runtime: Literal["simulation", "processes"] = "simulation"
+    """Sites one after the other in virtual time, or in ``workers`` processes of this machine."""
+    workers: Count | None = None
     evaluate_every: Count = 1
+    secure: SecureSum | None = None
+    publish: Publish | None = None
+    privacy: Promise | None = None
+    keep_versions: bool = False
+    """Store every version's adapter under ``versions/``."""
 
     def make_strategy(self) -> Strategy:
         """The method with its aggregator. Raises for unknown names and options."""
         cls = registry.get("strategies", self.strategy.name)
         made: Strategy = cls(**_checked_options(cls, self.strategy))
+        if made.adapter and made.adapter != self.recipe.adapter.method:
+            raise ConfigurationError(
+                f"{made.name} is for the adapter {made.adapter}; the recipe has "
+                f"{self.recipe.adapter.method}"
+            )
+        if self.privacy is not None and not made.private:
+            raise ConfigurationError(f"{made.name} cannot keep privacy; fedavg and fed-sb can")
         if made.decentralised:
             raise ConfigurationError(
                 f"{made.name} has no server, so a job cannot tell which model to save; call "
@@ -168,7 +252,19 @@ class FederateJob(Section):
                 raise ConfigurationError(f"{made.name} does not take an aggregator")
             rule = _plugin("aggregators", self.aggregator, "aggregator")
             made = cls(**_checked_options(cls, self.strategy), rule=rule)
+        if self.secure is not None:
+            return Secure(made, self.secure.build())
         return made
+
+    def make_local(self, objective: Objective[Any, Any]) -> LocalTraining:
+        """How every site trains."""
+        privacy = self.privacy.build(self.schedule.rounds) if self.privacy else None
+        return LocalTraining(objective, self.recipe.train, privacy)
+
+    def make_schedule(self) -> Schedule:
+        """Who works when."""
+        made = self.schedule.build(Work(steps=self.local.steps, epochs=self.local.epochs))
+        return made if self.secure is None else secure_schedule(made)
 
     def make_codec(self, direction: Literal["up", "down"]) -> Codec | None:
         """The chain of codecs of a direction; None: nothing is encoded."""
@@ -177,6 +273,8 @@ class FederateJob(Section):
         if not made:
             return None
         codec: Codec = made[0] if len(made) == 1 else Chain(made)
+        if direction == "up" and self.secure is not None:
+            refuse_codec(codec)
         return ErrorFeedback(codec) if direction == "up" and self.error_feedback else codec
 
     def make_devices(self, count: int) -> list[DeviceProfile]:
@@ -185,14 +283,35 @@ class FederateJob(Section):
             return log_uniform(count, self.seed)
         return [DeviceProfile()] * count
 
+    def make_runtime(self, sites: Sequence[Site], model: nn.Module) -> Runtime:
+        """Where the sites work. Nothing is started yet."""
+        if self.runtime == "processes":
+            return Processes(sites, model, self.workers or 2)
+        return Simulation(sites, model, strict=False)
+
     def make_topology(self, clients: Sequence[str]) -> Topology:
         """A star, or a balanced tree."""
         return Star() if self.tree is None else Tree.balanced(clients, self.tree)
 
+    @field_validator("secure", mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False else value
+
     @model_validator(mode="after")
     def _consistent(self) -> FederateJob:
+        if self.publish is not None and self.recipe.adapter.method in ALL_WEIGHTS:
+            raise ValueError("publish serves adapters; the recipe trains all weights")
+        if self.secure is not None and self.tree is not None:
+            raise ValueError("tree: the sites of a secure sum send to the coordinator only")
+        if self.runtime == "processes" and self.devices != "equal":
+            raise ValueError("devices are simulated speeds; processes are as fast as they are")
+        if self.runtime == "simulation" and self.workers is not None:
+            raise ValueError("workers are for runtime: processes; simulation runs in one process")
         if self.error_feedback and not self.codec:
             raise ValueError("error_feedback corrects a codec; none is given")
+        if self.keep_versions and self.recipe.adapter.method in ALL_WEIGHTS:
+            raise ValueError("keep_versions stores adapters; the recipe trains all weights")
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -217,7 +336,7 @@ def load_job(source: str | Path, overrides: Iterable[str] = ()) -> FederateJob:
         values["recipe"] = load_recipe(beside if beside.is_file() else recipe)
     job = parse_options(FederateJob, values)
     try:
-        job.make_strategy(), job.make_codec("up"), job.make_codec("down")
+        job.make_strategy(), job.make_codec("up"), job.make_codec("down"), job.make_schedule()
     except UnknownName as error:
         raise ConfigurationError(str(error)) from None
     return job

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anabranch.errors import ConfigurationError
 from anabranch.federated.client import ClientContext
 from anabranch.federated.messages import Work
 from anabranch.federated.shared import frozen_statistics, lent, shared_tensors
 from anabranch.training.hooks import Hook
 from anabranch.training.objective import Objective
 from anabranch.training.options import TrainOptions
+from anabranch.training.privacy import Privacy, PrivacyAccount
+from anabranch.training.private_gradients import private_steps
 from anabranch.training.trainer import Trainer
 
 
@@ -40,10 +43,14 @@ class LocalTraining:
     ``options.steps`` or ``options.epochs`` is the work of a task that does not say otherwise. The
     optimiser is new for every task; the order of the data follows from the task's seed. One unit of
     work is one optimiser step.
+
+    With ``privacy`` the steps are private, and the account of them is in ``ctx.state["privacy"]``.
+    Then no loss is reported, but what was spent, as ``epsilon/<site>``.
     """
 
     objective: Objective[Any, Any]
     options: TrainOptions
+    privacy: Privacy | None = None
 
     def run(
         self, ctx: ClientContext, start: Mapping[str, Tensor], hooks: Sequence[Hook] = ()
@@ -58,6 +65,8 @@ class LocalTraining:
             trainer: Trainer[Any] = Trainer(
                 ctx.model, self.objective, self.for_task(ctx.work, ctx.seed), ctx.data, hooks=hooks
             )
+            if self.privacy is not None:
+                return self._run_privately(ctx, trainer)
             losses = [trainer.step(trainer.next_items()).loss for _ in range(trainer.total_steps)]
             tensors = shared_tensors(ctx.model)
         ctx.spend(len(losses))
@@ -73,6 +82,8 @@ class LocalTraining:
         ``examples`` drawn without replacement instead of all. It costs as many units as there are
         batches in it. Zero without data.
         """
+        if self.privacy is not None:
+            raise ConfigurationError("the gradient over a site's data is not private")
         if not len(ctx.data):
             return {name: torch.zeros_like(tensor) for name, tensor in at.items()}, 0
         options = self.for_task(ctx.work, ctx.seed)
@@ -86,6 +97,20 @@ class LocalTraining:
         ctx.spend(math.ceil(len(items) / options.batch))
         ctx.report(loss=loss)
         return found, len(items)
+
+    def account(self, ctx: ClientContext, examples: int) -> PrivacyAccount:
+        """The site's, which is stored with its reply."""
+        assert self.privacy is not None
+        return PrivacyAccount(self.privacy, ctx.state.setdefault("privacy", {}), examples)
+
+    def _run_privately(self, ctx: ClientContext, trainer: Trainer[Any]) -> LocalResult:
+        account = self.account(ctx, len(trainer.items))
+        spent = private_steps(trainer, account, ctx.name, ctx.task)
+        ctx.spend(trainer.total_steps)
+        if math.isfinite(spent):
+            ctx.report(**{f"epsilon/{ctx.name}": spent})
+        tensors = shared_tensors(ctx.model)
+        return LocalResult(tensors, trainer.total_steps, len(trainer.items), math.nan)
 
     def for_task(self, work: Work, seed: int) -> TrainOptions:
         """The options of one task."""

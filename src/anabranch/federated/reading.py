@@ -46,7 +46,7 @@ def read_reply(
         payload = codec.decode(wire.decode("up", task.kind, reply.body))
         expected = server.expects(task.client, task.kind)
         if expected is not None:
-            _require_same(task.client, expected, payload)
+            require_same(task.client, expected, payload)
         payload = _finite(task.client, payload, not_finite, incidents)
     return Update(
         task=task.id,
@@ -62,8 +62,8 @@ def read_reply(
     )
 
 
-def _require_same(client: str, expected: Mapping[str, Tensor], payload: Payload) -> None:
-    """Compare names, shapes and types of tensors."""
+def require_same(client: str, expected: Mapping[str, Tensor], payload: Payload) -> None:
+    """:class:`PayloadMismatch` unless names, shapes and types of the tensors are these."""
     got = {name: value for name, value in payload.items() if isinstance(value, Tensor)}
     for name in sorted(expected.keys() | got.keys()):
         wanted, found = expected.get(name), got.get(name)

@@ -1,4 +1,4 @@
-"""From a job to a folder with its result: the federation in simulation, evaluated and reported.
+"""From a job to a folder with its result: the federation, evaluated and reported.
 
 The folder holds ``run/`` (snapshots, journal and the sites' state, for going on after a crash),
 ``job.json``, ``adapter/`` and ``report.json``; the command line adds ``loss.svg``.
@@ -6,24 +6,26 @@ The folder holds ``run/`` (snapshots, journal and the sites' state, for going on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import ConfigurationError
+from anabranch.federated.categories import category_losses
 from anabranch.federated.coordinator import Coordinator
 from anabranch.federated.core import Federation
 from anabranch.federated.job import FederateJob
-from anabranch.federated.local import LocalTraining
-from anabranch.federated.messages import Work
+from anabranch.federated.publishing import Publisher
 from anabranch.federated.result import RunResult
-from anabranch.federated.runtimes import Simulation, Site
-from anabranch.federated.shared import lent, load_shared, shared_tensors
+from anabranch.federated.runtimes import Runtime, Site
+from anabranch.federated.shared import lent, load_shared
 from anabranch.federated.store import RunStore
+from anabranch.federated.strategies.fedit import save_versions
 from anabranch.files import write_json
 from anabranch.models.progress import Progress, silent
 from anabranch.training.data import prepare
+from anabranch.training.example import Item
 from anabranch.training.recipe_file import difference
 from anabranch.training.run_record import read_json
 from anabranch.training.setup import Setup, load_base
@@ -52,7 +54,7 @@ def federate(
 
     Raises :class:`ConfigurationError` if the folder holds another job.
     """
-    _claim(folder, job)
+    claim(folder, job)
     progress("reading data", 0.0)
     prepared = prepare(job.recipe, progress)
     setup = Setup.of(job.recipe, load_base(job.recipe, progress), prepared)
@@ -63,34 +65,60 @@ def federate(
         Site(name, [items[index] for index in part], device)
         for (name, part), device in zip(parts.items(), devices, strict=True)
     ]
-    local = LocalTraining(setup.objective, job.recipe.train)
+    runtime = job.make_runtime(sites, setup.model)
+    return run_job(job, folder, setup, items, runtime, list(parts), progress, observe)
+
+
+def run_job(
+    job: FederateJob,
+    folder: Path,
+    setup: Setup,
+    items: Sequence[Item],
+    runtime: Runtime,
+    clients: Sequence[str],
+    progress: Progress = silent,
+    observe: Observer | None = None,
+) -> Outcome:
+    """Run a job on any runtime, or go on with it: evaluated, saved and reported.
+
+    ``items`` are what is trained on as far as it is known here, ``clients`` names for the topology.
+    """
+    local = job.make_local(setup.objective)
     strategy = job.make_strategy()
     validation = setup.valid[:MOST_VALIDATION_ROWS]
-    trainer: Trainer[Any] = Trainer(
-        setup.model, setup.objective, job.recipe.train, items, validation or None
-    )
+    keep = save_versions(setup.model, folder / "versions") if job.keep_versions else None
+    publish = Publisher(job, setup, folder) if job.publish is not None else None
+    trainer: Trainer[Any] | None = None
+    if validation:  # which is all that it is for, so that nothing need be trained on here
+        trainer = Trainer(
+            setup.model, setup.objective, job.recipe.train, items or validation, validation
+        )
 
     def watch(coordinator: Coordinator) -> Mapping[str, float]:
         figures: dict[str, float] = {}
-        if validation and not coordinator.version % job.evaluate_every:
+        if trainer is not None and not coordinator.version % job.evaluate_every:
             with lent(setup.model, _tensors(coordinator)):
                 scores = trainer.evaluate(trainer.validation)
+                scores |= category_losses(trainer, trainer.validation, items)
             figures = {f"valid/{name}": value for name, value in scores.items()}
         coordinator.state.history[-1] |= figures
+        if keep is not None:
+            keep(coordinator)
+        if publish is not None:
+            publish(coordinator)
         if observe is not None:
             observe(coordinator)
         progress(_line(coordinator, job), coordinator.version / job.schedule.rounds)
         return figures
 
-    work = Work(steps=job.local.steps, epochs=job.local.epochs)
     federation = Federation(
-        strategy.server(shared_tensors(setup.model)),
+        strategy.begin(setup.model),
         strategy.client(local),
-        job.schedule.build(work),
-        Simulation(sites, setup.model, strict=False),
+        job.make_schedule(),
+        runtime,
         codec=job.make_codec("up"),
         down=job.make_codec("down"),
-        topology=job.make_topology([site.name for site in sites]),
+        topology=job.make_topology(clients),
         store=folder / "run",
         seed=job.seed,
         watch=watch,
@@ -120,11 +148,16 @@ def report(job: FederateJob, result: RunResult) -> dict[str, Any]:
     }
 
 
-def _claim(folder: Path, job: FederateJob) -> None:
+def claim(folder: Path, job: FederateJob) -> None:
     """The folder is new, or holds the same job."""
     path = folder / "job.json"
     if path.exists():
-        if changed := difference(read_json(path), job.resolved()):
+        changed = [
+            line
+            for line in difference(read_json(path), job.resolved())
+            if not line.startswith("publish")  # where versions are served changes none of them
+        ]
+        if changed:
             raise ConfigurationError(
                 f"{folder} holds another job; choose another folder. " + "; ".join(changed)
             )

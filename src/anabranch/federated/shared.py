@@ -24,8 +24,11 @@ def shared_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_shared(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put values into the parameters of these names, which must all be there."""
-    parameters = dict(model.named_parameters())
+    """Put values into the parameters and buffers of these names, which must all be there."""
+    parameters: dict[str, Tensor] = {
+        **dict(model.named_buffers()),
+        **dict(model.named_parameters()),
+    }
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             there = list(parameters[name].shape) if name in parameters else "absent"

@@ -19,9 +19,9 @@ class Job:
     """A job as it stands.
 
     ``target`` is what a process must have to run it (for fine-tuning: the base model's name) and
-    ``name`` what it makes; ``owner`` is a digest of the API key that created it. ``wanted`` is what
-    was asked of the job last, which its process reads. ``lease`` names that process; a job has one
-    while it is running, and may keep it while it is paused.
+    ``name`` what it makes or does; ``owner`` is a digest of the API key that created it. ``wanted``
+    is what was asked of the job last, which its process reads. ``lease`` names that process; a job
+    has one while it is running, and may keep it while it is paused.
     """
 
     id: str

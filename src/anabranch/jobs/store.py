@@ -71,13 +71,17 @@ class JobStore:
         target: str = "",
         name: str = "",
         owner: str | None = None,
+        exclusive: bool = False,
         priority: int = 0,
         notes: Sequence[NewEvent] = (),
     ) -> Job:
-        """Add a queued job. Raises :class:`NameTaken` if an unfinished one makes this ``name``."""
+        """Add a queued job.
+
+        ``exclusive``: raises :class:`NameTaken` if an unfinished one has this ``name``.
+        """
         id = id or f"job-{uuid.uuid4().hex}"  # noqa: A001
         with self._writer.begin() as connection:
-            if name:
+            if exclusive:
                 _refuse_taken(connection, kind, target, name)
             connection.execute(
                 insert(jobs).values(
@@ -106,7 +110,7 @@ class JobStore:
 
     def find(
         self,
-        kind: str,
+        kind: str | None = None,
         *,
         owner: str | None = None,
         labels: Mapping[str, str] | None = None,
@@ -114,10 +118,13 @@ class JobStore:
         after: str | None = None,
         limit: int = 20,
     ) -> Page[Job]:
-        """Newest first, from behind the job ``after``; ``labels`` are compared with the spec's
-        ``metadata``. Raises :class:`InvalidRequest` for an ``after`` that is no job.
+        """Newest first, of one kind or all, from behind the job ``after``; ``labels`` are compared
+        with the spec's ``metadata``. Raises :class:`InvalidRequest` for an ``after`` that is no
+        job.
         """
-        query = select(*_COLUMNS).where(jobs.c.kind == kind, *owned(jobs.c.owner, owner))
+        query = select(*_COLUMNS).where(*owned(jobs.c.owner, owner))
+        if kind is not None:
+            query = query.where(jobs.c.kind == kind)
         if states:
             query = query.where(jobs.c.state.in_(states))
         for label, value in (labels or {}).items():
@@ -127,6 +134,16 @@ class JobStore:
                 query = query.where(behind(connection, jobs, after, owner, descending=True))
             query = query.order_by(jobs.c.created.desc(), jobs.c.id.desc())
             return page(connection, query, limit, _job)
+
+    def starting_with(self, start: str, owner: str | None = None) -> list[Job]:
+        """Jobs whose id begins so, oldest first: ids are long."""
+        query = (
+            select(*_COLUMNS)
+            .where(jobs.c.id.startswith(start, autoescape=True), *owned(jobs.c.owner, owner))
+            .order_by(jobs.c.created, jobs.c.id)
+        )
+        with self.engine.begin() as connection:
+            return [_job(row) for row in connection.execute(query)]
 
     def ask(self, job_id: str, wanted: Wanted, owner: str | None = None) -> Job:
         """Ask for a job to be paused, to go on, or to be given up.
@@ -198,7 +215,7 @@ class JobStore:
 
     # What processes that run jobs ask
 
-    def claim(self, kind: str, targets: Collection[str]) -> Job | None:
+    def claim(self, kinds: Collection[str], targets: Collection[str] = ("",)) -> Job | None:
         """Take the lease of the next job that nobody runs, or None.
 
         Higher priority first, then the older one; what a dead process ran counts like what is
@@ -208,9 +225,10 @@ class JobStore:
             free = self._free(connection)
             mine_again = and_(jobs.c.state == "queued", jobs.c.lease == self.process)
             turn = and_(jobs.c.state.in_(("queued", "running")), free)
+            mine = jobs.c.kind.in_(list(kinds)), jobs.c.target.in_(targets)
             query = (
                 select(*_COLUMNS)
-                .where(jobs.c.kind == kind, jobs.c.target.in_(targets), or_(turn, mine_again))
+                .where(*mine, or_(turn, mine_again))
                 .order_by(jobs.c.priority.desc(), jobs.c.created, jobs.c.id)
                 .limit(1)
                 .with_for_update(skip_locked=True)
@@ -241,9 +259,9 @@ class JobStore:
         with self.engine.begin() as connection:
             return {row.id: _job(row) for row in connection.execute(select(*_COLUMNS).where(mine))}
 
-    def release(self) -> None:
-        """Give all leases back without a change of state: the next process goes on."""
-        mine = jobs.c.lease == self.process
+    def release(self, kinds: Collection[str]) -> None:
+        """Give the leases back without a change of state: the next process goes on."""
+        mine = and_(jobs.c.lease == self.process, jobs.c.kind.in_(list(kinds)))
         with self._writer.begin() as connection:
             connection.execute(update(jobs).where(mine).values(lease=None, beat=None))
 

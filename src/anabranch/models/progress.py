@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+PROGRESS_FILE = "ANABRANCH_PROGRESS"
+"""Environment variable: a file to which commands write how far they are, for programs: an object
+with ``message`` and ``fraction`` a line."""
+
 Progress = Callable[[str, float | None], None]
 """``progress(message, fraction)``; the fraction of the whole is 0 to 1, or None when unknown."""
 

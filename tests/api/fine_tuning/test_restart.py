@@ -15,8 +15,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from anabranch.api.fine_tuning import runner
-from anabranch.jobs import Workspace
+from anabranch.jobs import Workspace, loop
 
 from ..fake_trainer import TrainingModel
 from ..test_files import ROW, jsonl
@@ -162,7 +161,7 @@ def test_another_base_under_the_name_is_noticed(tmp_path: Path) -> None:
 def test_a_store_that_fails_for_a_while_loses_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(loop, "RETRY_SECONDS", 0.01)
     record, failures = server.workspace.jobs.record, iter(range(5))
 
     def flaky(reports: Any) -> set[str]:

@@ -1,27 +1,14 @@
-"""The thread that runs the store's jobs on the models: it claims, submits, obeys and writes.
-
-It alone talks to the engine about jobs, and it alone writes what the engine reports. Requests from
-clients reach it through the store, so that it is the same whether they came to this server or to
-another one on the same store.
-
-What happens when something dies: a job of a process that was killed is claimed again and goes on
-after its last checkpoint; a store that cannot be written to is tried again, while the training
-goes on; a lease that was lost (the machine slept for longer than ``lease_seconds``) means that
-another process has the job, so it is given up here.
-"""
+"""Runs the store's fine-tuning jobs on the models. It alone talks to the engine about jobs."""
 
 from __future__ import annotations
 
 import io
 import logging
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from sqlalchemy.exc import SQLAlchemyError
 
 from anabranch.api.fine_tuning.handover import Handover
 from anabranch.api.fine_tuning.reports import RESULT, report_of
@@ -30,14 +17,13 @@ from anabranch.api.fine_tuning.spec import KIND, Spec
 from anabranch.api.fine_tuning.trainable import Trainable
 from anabranch.errors import AnabranchError, Draining
 from anabranch.jobs import FINISHED, Artefact, Job, NewEvent, Report, State, Workspace, allowed
+from anabranch.jobs.loop import JobLoop
 from anabranch.jobs.records import Wanted
 
 if TYPE_CHECKING:
     from anabranch.serving.coserving.job import FinetuneJob, JobEvent, JobHandle
 
 logger = logging.getLogger("anabranch.fine_tuning")
-
-RETRY_SECONDS = 1.0
 
 TRAINING = "training.safetensors"
 VALIDATION = "validation.safetensors"
@@ -58,10 +44,10 @@ class _Held:
     since: dict[str, Any] = field(default_factory=dict)
 
 
-class Runner:
+class Runner(JobLoop):
     """Runs at most ``max_jobs`` jobs at a time on ``models``; paused ones do not count.
 
-    ``poll_seconds`` is how long a request that came to another server may go unnoticed.
+    After :meth:`close` the models stop; that ends no job, it only interrupts it.
     """
 
     def __init__(
@@ -71,64 +57,23 @@ class Runner:
         max_jobs: int,
         poll_seconds: float = 1.0,
     ) -> None:
+        super().__init__(workspace.jobs, {KIND}, logger, poll_seconds)
         self._workspace = workspace
-        self._store = workspace.jobs
         self._models = models
         self._max_jobs = max_jobs
-        self._poll_seconds = min(poll_seconds, self._store.lease_seconds / 3)
         self._handover = Handover()
+        self._collected: tuple[list[tuple[str, JobEvent]], dict[str, int]] = [], {}
         self._held: dict[str, _Held] = {}
         self._unwritten: list[Report] = []
-        self._closing = self._stopping = False
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Begin, with what is queued and what a killed process has left."""
-        self._thread = threading.Thread(target=self._work, name="anabranch-jobs", daemon=True)
-        self._thread.start()
 
     def poke(self) -> None:
         """Look at the store now: something was asked."""
         self._handover.poke()
 
-    def close(self) -> None:
-        """Start no more jobs. The models stop next; that ends no job, it only interrupts it."""
-        self._closing = True
-
-    def stop(self) -> None:
-        """Write what is still to be written, and give the leases back."""
-        self._stopping = self._closing = True
-        if self._thread is not None:
-            self._handover.poke()
-            self._thread.join()
-            self._thread = None
-
-    def _work(self) -> None:
-        beaten = 0.0
-        while True:
-            stopping = self._stopping
-            events, skipped = self._handover.take(self._poll_seconds)
-            try:
-                self._write(events, skipped)
-                if stopping:
-                    self._store.release()
-                    return
-                if time.monotonic() - beaten >= self._store.lease_seconds / 3:
-                    self._store.beat()
-                    beaten = time.monotonic()
-                self._obey()
-                self._fill()
-            except SQLAlchemyError:
-                logger.exception("the job store does not answer; trying again")
-                if stopping:
-                    return  # the leases expire by themselves
-                time.sleep(RETRY_SECONDS)
-            except Exception:  # a defect of ours must not end the jobs of all clients
-                logger.exception("running jobs failed; going on")
-                time.sleep(RETRY_SECONDS)
+    def _collect(self, timeout: float) -> None:
+        self._collected = self._handover.take(timeout)
 
     def _obey(self) -> None:
-        """Carry out what clients asked of the jobs that are held here."""
         wishes = self._store.wishes()
         for job_id, held in list(self._held.items()):
             job = wishes.get(job_id)
@@ -148,9 +93,8 @@ class Runner:
                 held.handle.resume()
 
     def _fill(self) -> None:
-        """Start queued jobs while there is room."""
         while not self._closing and self._num_running() < self._max_jobs:
-            job = self._store.claim(KIND, list(self._models))
+            job = self._store.claim(self._kinds, list(self._models))
             if job is None:
                 return
             held = self._held.get(job.id)
@@ -220,8 +164,8 @@ class Runner:
             return  # the model stops and gives its jobs up; in the store they are still running
         self._handover.put(job_id, event)
 
-    def _write(self, events: list[tuple[str, JobEvent]], skipped: Mapping[str, int]) -> None:
-        """Put everything into the store, in order; what could not be written is kept."""
+    def _write(self) -> None:
+        (events, skipped), self._collected = self._collected, ([], {})
         for job_id, event in events:
             if (held := self._held.get(job_id)) is not None:  # else it was given up before
                 self._unwritten.append(self._report(held, event))

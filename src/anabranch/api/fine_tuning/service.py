@@ -27,7 +27,8 @@ logger = logging.getLogger("anabranch.fine_tuning")
 SETTLE_SECONDS = 5.0
 """How long a request waits for the engine to do what was asked before it answers."""
 
-_PURPOSE = "fine-tune"
+PURPOSE = "fine-tune"
+"""Of files to train on."""
 
 
 class FineTuningService:
@@ -44,6 +45,11 @@ class FineTuningService:
             model.name: model for model in models if is_trainable(model)
         }
         self.runner = Runner(workspace, self._models, max_jobs)
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the models that can be fine-tuned."""
+        return list(self._models)
 
     async def start(self) -> None:
         """Serve what earlier jobs have made, and go on with those that are unfinished."""
@@ -108,6 +114,7 @@ class FineTuningService:
                 id=job_id,
                 target=model.name,
                 name=adapter,
+                exclusive=True,
                 owner=owner,
                 priority=extras.priority or 0,
                 notes=[
@@ -189,9 +196,9 @@ class FineTuningService:
             file = self.workspace.files.get(file_id, owner)
         except UnknownFile as error:
             raise InvalidRequest(field, str(error)) from None
-        if file.purpose != _PURPOSE:
+        if file.purpose != PURPOSE:
             raise InvalidRequest(
-                field, f"{file_id} has the purpose {file.purpose!r}; it must be {_PURPOSE!r}"
+                field, f"{file_id} has the purpose {file.purpose!r}; it must be {PURPOSE!r}"
             )
         return file
 
@@ -251,4 +258,4 @@ def _refuse_shape(extras: Extras) -> None:
 
 def check_upload(purpose: str) -> Callable[[Path], None] | None:
     """What an uploaded file of a purpose must be; None: anything."""
-    return check_file if purpose == _PURPOSE else None
+    return check_file if purpose == PURPOSE else None

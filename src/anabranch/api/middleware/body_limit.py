@@ -13,7 +13,8 @@ from anabranch.api.errors import BodyTooLarge, error_response
 class BodyLimit:
     """413 above ``max_bytes``: at once if the length is announced, else when it is passed.
 
-    ``uploads`` gives paths whose bodies are read piece by piece a limit of their own.
+    ``uploads`` gives paths whose bodies are read piece by piece a limit of their own; one that
+    ends in a slash stands for all below it.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._uploads.get(scope["path"], self._max_bytes)
+        limit = self._limit(scope["path"])
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit:
             message = _message(f"has {announced[:20]} bytes", limit)
@@ -46,6 +47,12 @@ class BodyLimit:
             return message
 
         await self._app(scope, limited, send)
+
+    def _limit(self, path: str) -> int:
+        for upload, max_bytes in self._uploads.items():
+            if path == upload or (upload.endswith("/") and path.startswith(upload)):
+                return max_bytes
+        return self._max_bytes
 
 
 def _message(size: str, limit: int) -> str:

@@ -27,6 +27,7 @@ from anabranch.api.routes.common import (
     service_of,
 )
 from anabranch.api.schemas import ChatCompletionRequest
+from anabranch.api.service import Service
 from anabranch.api.streaming import CollectedChoice, EventStream, collect
 from anabranch.api.tools.chunks import CallChunks
 from anabranch.api.tools.plan import CallPlan, plan
@@ -52,15 +53,9 @@ async def create_chat_completion(request: Request) -> Response:
     started = time.perf_counter()
     service = service_of(request)
     body = await read(request, ChatCompletionRequest)
-    model = service.model(body.model)
-    sampling = replace(
-        sampling_parameters(body, _max_tokens(body), _logprobs(body)), prediction=_prediction(body)
-    )
-    calls = plan(body.tools, body.tool_choice, body.parallel_tool_calls is not False)
-    timer = service.metrics.timer(model.name, started)
     # Awaited before any response exists, so that a refusal still has its own status.
-    answer = await Answer.admit([_start(model, body, sampling, calls)], sampling.n, timer)
-    readers = [calls.reader() for _ in range(sampling.n)] if calls else []
+    model, calls, answer = await admit_chat(service, body, started)
+    readers = [calls.reader() for _ in range(answer.choices)] if calls else []
     if body.stream:
         usage = include_usage(body)
         opening = head("chatcmpl", "chat.completion.chunk", model)
@@ -71,12 +66,29 @@ async def create_chat_completion(request: Request) -> Response:
         {
             **head("chatcmpl", "chat.completion", model),
             "choices": [
-                _choice(i, choice, readers[i] if readers else None, sampling.logprobs is not None)
+                _choice(i, choice, readers[i] if readers else None, bool(body.logprobs))
                 for i, choice in enumerate(choices)
             ],
             "usage": answer.usage(),
         }
     )
+
+
+async def admit_chat(
+    service: Service, body: ChatCompletionRequest, started: float
+) -> tuple[Model, CallPlan | None, Answer]:
+    """Begin to answer a request that arrived at ``started`` (perf_counter); the caller closes it.
+
+    Raises an :class:`AnabranchError` if it is refused.
+    """
+    model = service.model(body.model)
+    sampling = replace(
+        sampling_parameters(body, _max_tokens(body), _logprobs(body)), prediction=_prediction(body)
+    )
+    calls = plan(body.tools, body.tool_choice, body.parallel_tool_calls is not False)
+    timer = service.metrics.timer(model.name, started)
+    answer = await Answer.admit([_start(model, body, sampling, calls)], sampling.n, timer)
+    return model, calls, answer
 
 
 def _start(

@@ -52,7 +52,7 @@ async def upload_file(request: Request) -> Response:
         stored = await run_in_threadpool(
             _store(request).save,
             file.file,
-            _plain_name(file.filename or ""),
+            plain_name(file.filename or ""),
             purpose,
             owner=owner_of(request),
             check=check_upload(purpose),
@@ -153,7 +153,7 @@ def _refuse_unknown(names: list[str]) -> None:
             )
 
 
-def _plain_name(filename: str) -> str:
+def plain_name(filename: str) -> str:
     """The last part of a path from any system, as text without control characters."""
     text = filename.encode("utf-8", "replace").decode()
     last = re.split(r"[/\\]", text)[-1]

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import time
-from collections.abc import AsyncIterator
-
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from anabranch.api import openapi
 from anabranch.api.body import read
-from anabranch.api.chunks import DONE
 from anabranch.api.fine_tuning.objects import (
     checkpoint_object,
     event_object,
@@ -33,17 +27,13 @@ from anabranch.api.fine_tuning.responses import CheckpointList, JobEventList, Jo
 from anabranch.api.fine_tuning.schemas import FineTuningRequest
 from anabranch.api.fine_tuning.service import FineTuningService
 from anabranch.api.fine_tuning.spec import KIND, Spec
+from anabranch.api.job_events import event_stream
 from anabranch.api.routes.common import json_response, owner_of, service_of
-from anabranch.api.streaming import PING
-from anabranch.jobs import FINISHED, Event, Job
+from anabranch.jobs import Job
 
 router = APIRouter()
 
 JOBS = "/v1/fine_tuning/jobs"
-POLL_SECONDS = 0.2
-"""How often a stream of events looks at the store, which other servers may write to."""
-
-_PAGE = 1000
 
 
 @router.post(
@@ -124,9 +114,7 @@ def job_events(request: Request, job_id: str) -> Response:
     job = jobs.get(job_id, owner_of(request))
     after = sequence_of(query.after, job.id, "ftevent") if query.after else None
     if query.stream:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        events = _stream(request, jobs, job, after or 0)
-        return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+        return event_stream(service_of(request), jobs.store, job.id, after or 0, event_object)
     page = jobs.store.events(job.id, after=after, limit=query.limit, descending=True)
     data = [event_object(event) for event in page.items]
     return json_response({"object": "list", "data": data, "has_more": page.has_more})
@@ -158,35 +146,6 @@ def job_checkpoints(request: Request, job_id: str) -> Response:
             "last_id": data[-1]["id"] if data else None,
         }
     )
-
-
-async def _stream(
-    request: Request, jobs: FineTuningService, job: Job, after: int
-) -> AsyncIterator[bytes]:
-    """Events until the job is finished, and then ``[DONE]``; until the server drains otherwise."""
-    service = service_of(request)
-    sent = time.monotonic()
-
-    def look() -> tuple[bool, list[Event]]:
-        # In this order: what a finished job has to say is complete.
-        finished = jobs.store.get(job.id).state in FINISHED
-        return finished, list(jobs.store.events(job.id, after=after, limit=_PAGE).items)
-
-    while True:
-        finished, events = await run_in_threadpool(look)
-        for event in events:
-            yield f"data: {json.dumps(event_object(event), allow_nan=False)}\n\n".encode("ascii")
-            after, sent = event.sequence, time.monotonic()
-        if finished and not events:
-            yield DONE
-            return
-        if service.draining:
-            return
-        if time.monotonic() - sent >= service.options.ping_seconds:
-            yield PING
-            sent = time.monotonic()
-        if not events:
-            await asyncio.sleep(POLL_SECONDS)
 
 
 def _jobs(request: Request) -> FineTuningService:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,7 +13,6 @@ from anabranch.api.body import read
 from anabranch.api.responses import DeletedModel, ModelItem, ModelList
 from anabranch.api.routes.common import json_response, service_of
 from anabranch.api.schemas import AdapterRequest
-from anabranch.errors import InvalidRequest, ModelNotFound
 from anabranch.models.protocol import Model
 
 router = APIRouter()
@@ -45,15 +43,8 @@ async def show_model(request: Request, model: str) -> Response:
 )
 async def delete_model(request: Request, model: str) -> Response:
     """Stop serving an adapter, named ``model:adapter``. Its files stay."""
-    service = service_of(request)
-    if model in service.models:
-        raise InvalidRequest("model", f"{model!r} is a base model; only adapters can be deleted")
-    found = service.model(model)
-    base, _, adapter = found.name.rpartition(":")
-    await service.models[base].remove_adapter(adapter)
-    if service.fine_tuning is not None:
-        await asyncio.to_thread(service.fine_tuning.forget_model, base, adapter)
-    return json_response({"id": found.name, "object": "model", "deleted": True})
+    name = await service_of(request).unload_adapter(model)
+    return json_response({"id": name, "object": "model", "deleted": True})
 
 
 @router.post(
@@ -69,11 +60,8 @@ async def load_adapter(request: Request) -> Response:
     """
     service = service_of(request)
     body = await read(request, AdapterRequest)
-    base = service.models.get(body.model)
-    if base is None:
-        raise ModelNotFound(f"model: {body.model[:100]!r} is no base model that is served here")
-    folder = service.adapter_folder(body.source or body.adapter)
-    return json_response(_item(await base.add_adapter(body.adapter, folder), service.created))
+    model = await service.load_adapter(body.model, body.adapter, body.source)
+    return json_response(_item(model, service.created))
 
 
 def _item(model: Model, created: int) -> dict[str, Any]:

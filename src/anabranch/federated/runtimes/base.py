@@ -104,5 +104,8 @@ class Runtime(ABC):
     def next_input(self) -> Timed | None:
         """Wait for what happens next; None if nothing ever will."""
 
+    def finish(self, reason: str) -> None:
+        """The run is over for good, and not only interrupted: tell clients that wait for tasks."""
+
     def close(self) -> None:
         """Let go of everything."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anabranch.errors import ConfigurationError
 from anabranch.federated.events import Send
@@ -33,4 +33,4 @@ class Gossip(Sync):
     def send(self, client: str, fed: View) -> Send:
         """Training comes first in a round."""
         kind = "mix" if fed.version % (1 + self.mixing_steps) else "train"
-        return Send(client, kind, self.work)
+        return replace(super().send(client, fed), kind=kind)

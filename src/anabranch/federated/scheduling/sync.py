@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from anabranch.errors import ConfigurationError
 from anabranch.federated.errors import NotEnoughClients
@@ -25,6 +26,8 @@ from anabranch.federated.events import (
 from anabranch.federated.messages import UNSPECIFIED, Work
 from anabranch.federated.scheduling.base import Schedule, View
 from anabranch.federated.scheduling.sampling import Everyone, Sampler
+from anabranch.training.schedules import Schedule as Decay
+from anabranch.training.schedules import lr_factor
 
 
 @dataclass
@@ -34,12 +37,16 @@ class Sync(Schedule):
     A client that fails is not waited for. A round without any usable reply is tried again with
     other clients. With fewer clients than the sampler needs, it waits ``join_timeout`` seconds of
     the run and then raises :class:`NotEnoughClients`.
+
+    ``decay`` lowers the clients' learning rate from round to round: linear or cosine, to zero after
+    the last one.
     """
 
     rounds: int
     sampler: Sampler = field(default_factory=Everyone)
     work: Work = UNSPECIFIED
     join_timeout: float = 60.0
+    decay: Decay = "constant"
     attempt: int = field(default=0, init=False)
     """Times that the present round was begun again."""
     waiting_since: float | None = field(default=None, init=False)
@@ -47,6 +54,8 @@ class Sync(Schedule):
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ConfigurationError(f"rounds is at least 1, not {self.rounds}")
+        if self.decay not in get_args(Decay):
+            raise ConfigurationError(f"decay is {', '.join(get_args(Decay))}, not {self.decay!r}")
 
     @property
     def versions(self) -> int:
@@ -85,7 +94,8 @@ class Sync(Schedule):
 
     def send(self, client: str, fed: View) -> Send:
         """The task of one client."""
-        return Send(client, work=self.work)
+        factor = lr_factor(fed.version, self.versions, 0, self.decay)
+        return Send(client, work=replace(self.work, lr_scale=self.work.lr_scale * factor))
 
     def give_up(self, fed: View) -> Sequence[Action]:
         """Raise, unless the timer is one of an earlier wait."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from anabranch.errors import ConfigurationError
 from anabranch.federated.client import Client
 from anabranch.federated.core import Federation
 from anabranch.federated.local import LocalTraining
@@ -30,14 +31,33 @@ class Strategy(ABC):
     name: ClassVar[str]
     decentralised: ClassVar[bool] = False
     """Whether peers work in a graph, without a server that holds a model."""
+    private: ClassVar[bool] = False
+    """Whether clients whose steps are private say nothing else of their examples."""
+    adapter: ClassVar[str] = ""
+    """The adapter method that it is for; empty: anything that is trained."""
 
     @abstractmethod
     def server(self, start: Mapping[str, Tensor]) -> Server:
         """The coordinator's half, from the first version of what is shared."""
 
+    def begin(self, model: nn.Module) -> Server:
+        """The coordinator's half for what ``model`` trains.
+
+        Override it where a method must know more of the model than those tensors.
+        """
+        return self.server(shared_tensors(model))
+
     @abstractmethod
     def client(self, local: LocalTraining) -> Client:
         """The sites' half."""
+
+    def check(self, local: LocalTraining) -> None:
+        """Refuse a promise of privacy that this method would not keep."""
+        if local.privacy is not None and not self.private:
+            raise ConfigurationError(
+                f"{self.name} is not private: its clients say more of their examples than what "
+                f"private steps led to; fedavg, fedprox, fedadam, fedit and fed-sb are"
+            )
 
     def schedule(self, rounds: int, sampler: Sampler | None = None) -> Schedule:
         """Who works when, unless the user says otherwise."""
@@ -57,8 +77,9 @@ class Strategy(ABC):
 
         ``options`` are those of :class:`Federation`.
         """
+        self.check(local)
         return Federation(
-            self.server(shared_tensors(model)),
+            self.begin(model),
             self.client(local),
             schedule or self.schedule(rounds),
             Simulation(sites, model),

@@ -35,6 +35,7 @@ class FedAvg(Strategy):
     """
 
     name = "fedavg"
+    private = True
 
     def __init__(
         self,

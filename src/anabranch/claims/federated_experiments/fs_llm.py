@@ -1,0 +1,121 @@
+"""Four modes on TinyOps with LoRA, and offsite tuning of an eight-layer TinyOps transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anabranch.claims.base import Measurement
+from anabranch.claims.federated_experiments import adapters as shared
+from anabranch.claims.federated_experiments import seeded
+from anabranch.evaluation.testbeds import tinyops
+from anabranch.federated import Sync
+from anabranch.federated.compare import ModeResult, compare
+from anabranch.federated.emulator import align, make_emulator, plug_in
+from anabranch.federated.local import LocalTraining
+from anabranch.federated.shared import lent
+from anabranch.federated.strategies import FedAvg
+from anabranch.federated.strategies.fedit import FedIT
+from anabranch.federated.strategies.offsite import Offsite
+from anabranch.models.progress import Progress
+
+ROUNDS, SEEDS = 20, 3
+LAYERS, WIDTH, LEFT, RIGHT, DROP = 8, 48, 2, 6, 0.5
+OFFSITE_ROUNDS, OFFSITE_STEPS, OFFSITE_RATE, ALIGNMENT = 8, 8, 1e-3, 150
+
+
+def measure(seed: int, progress: Progress) -> Measurement:
+    """Tables of modes, then losses of emulator and full model."""
+    tables = []
+    share = 0.0
+    for repeat in range(SEEDS):
+        progress(f"four modes, seed {seed + repeat}", 0.5 * repeat / SEEDS)
+        model = shared.lora(seed + repeat)
+        tables.append(_modes(model, seed + repeat, not repeat))
+        whole = sum(p.numel() for p in tinyops.network().parameters())
+        share = tables[-1]["federated"].trained / whole
+    progress("offsite tuning", 0.5)
+    offsite = _offsite(seed, progress)
+
+    losses = {
+        mode: [round(table[mode].figures["loss"], 3) for table in tables if mode in table]
+        for mode in ("zero-shot", "local", "federated", "global")
+    }
+    plain, aligned = offsite["emulator"], offsite["aligned"]
+    checks = {
+        "federated_at_most_0.3_of_local": all(
+            table["federated"].figures["loss"] <= 0.3 * table["local"].figures["loss"]
+            for table in tables
+        ),
+        "message_at_most_a_fifth_of_the_model": share <= 0.2,
+        "plugged_in_at_most_half_of_before": plain["plugged_in"] <= 0.5 * offsite["before"],
+        "alignment_lowers_by_a_tenth": aligned["plugged_in"] <= 0.9 * plain["plugged_in"],
+        "full_fine_tuning_not_worse": offsite["full"]
+        <= min(plain["plugged_in"], aligned["plugged_in"]),
+    }
+    return Measurement(
+        figures={
+            **checks,
+            "loss": losses,
+            "share_of_the_model_in_a_message": round(share, 3),
+            "bytes_of_a_run": tables[0]["federated"].bytes,
+            "offsite_loss": offsite,
+        },
+        holds=all(checks.values()),
+        seeds=tuple(range(seed, seed + SEEDS)),
+        note="Pooled training with the first seed only. Offsite tuning with the first seed only; "
+        "the eight-layer base is pretrained once and kept. Alignment is on the operations that the "
+        "base knows. SmolLM2-135M is in S43's claim.",
+    )
+
+
+def _modes(model: Any, seed: int, first: bool) -> dict[Any, ModeResult]:
+    training = LocalTraining(tinyops.objective(), tinyops.training_options())
+    modes: tuple[Any, ...] = ("zero-shot", "local", "federated", "global")[: 4 if first else 3]
+    return compare(
+        FedIT(upload="weights"),
+        model,
+        training,
+        seeded.sites(seed),
+        Sync(ROUNDS),
+        lambda: tinyops.score(model.eval()),
+        rounds=ROUNDS,
+        seed=seed,
+        modes=modes,
+    )
+
+
+def _offsite(seed: int, progress: Progress) -> dict[str, Any]:
+    full = tinyops.pretrained(layers=LAYERS, width=WIDTH, progress=progress)
+    objective = tinyops.objective()
+    training = LocalTraining(
+        objective, tinyops.training_options(lr=OFFSITE_RATE, steps=OFFSITE_STEPS)
+    )
+    places = seeded.sites(seed)
+    found: dict[str, Any] = {"before": round(tinyops.score(full)["loss"], 3)}
+    for name, steps in (("emulator", 0), ("aligned", ALIGNMENT)):
+        emulator, plan = make_emulator(full, LEFT, RIGHT, DROP)
+        if steps:
+            known = [item for o in tinyops.KNOWN for item in tinyops.items(o, 1024, "align", seed)]
+            options = tinyops.training_options(lr=1e-3, batch=32, steps=steps)
+            align(full, emulator, plan, known, objective, options)
+        federation = Offsite(upload="weights").simulate(
+            emulator, training, places, rounds=OFFSITE_ROUNDS, seed=seed
+        )
+        result = federation.run()
+        tensors = federation.server.tensors  # type: ignore[attr-defined]
+        with lent(emulator, tensors):
+            emulated = tinyops.score(emulator)["loss"]
+        with lent(full, plug_in(full, tensors, plan)):
+            plugged = tinyops.score(full)["loss"]
+        found[name] = {
+            "emulator": round(emulated, 3),
+            "plugged_in": round(plugged, 3),
+            "bytes_per_message": result.ledger.total().payload // result.ledger.total().messages,
+        }
+    everything = FedAvg(upload="weights").simulate(
+        full.requires_grad_(True), training, places, rounds=OFFSITE_ROUNDS, seed=seed
+    )
+    everything.run()
+    with lent(full, everything.server.tensors):  # type: ignore[attr-defined]
+        found["full"] = round(tinyops.score(full)["loss"], 3)
+    return found

@@ -1,0 +1,93 @@
+"""A job in four modes, as one table: ``modes.json`` in a folder, filled mode by mode.
+
+The modes are those of :mod:`anabranch.federated.compare`; figures are of the recipe's validation
+rows. A comparison that was cut off goes on with the modes that it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from anabranch.errors import ConfigurationError
+from anabranch.federated.categories import category_losses
+from anabranch.federated.compare import MODES, Mode, ModeResult, compare
+from anabranch.federated.job import FederateJob
+from anabranch.federated.local import LocalTraining
+from anabranch.federated.messages import Work
+from anabranch.federated.running import MOST_VALIDATION_ROWS, claim
+from anabranch.federated.runtimes import Site
+from anabranch.files import write_json
+from anabranch.models.progress import Progress, silent
+from anabranch.training.data import prepare
+from anabranch.training.run_record import read_json
+from anabranch.training.setup import Setup, load_base
+from anabranch.training.trainer import Trainer
+
+TABLE = "modes.json"
+
+
+def compare_job(
+    job: FederateJob, folder: Path, progress: Progress = silent
+) -> dict[Mode, ModeResult]:
+    """All modes of a job. Raises :class:`ConfigurationError` if the folder holds another job, or
+    without validation rows or steps."""
+    if job.local.steps is None:
+        raise ConfigurationError("a comparison counts steps: give local.steps instead of epochs")
+    claim(folder, job)
+    table = folder / TABLE
+    found: dict[Mode, ModeResult] = {}
+    if table.exists():
+        stored: Mapping[str, Any] = read_json(table)
+        found = {mode: ModeResult(**stored[mode]) for mode in MODES if mode in stored}
+    missing = [mode for mode in MODES if mode not in found]
+    if not missing:
+        return found
+    progress("reading data", 0.0)
+    prepared = prepare(job.recipe, progress)
+    setup = Setup.of(job.recipe, load_base(job.recipe, progress), prepared)
+    validation = setup.valid[:MOST_VALIDATION_ROWS]
+    if not validation:
+        raise ConfigurationError(
+            "a comparison needs validation rows; give data.split.valid a share"
+        )
+    items = setup.objective.prepare(setup.train).items
+    parts = job.clients.divide([item[0].task for item in items], job.seed)
+    devices = job.make_devices(len(parts))
+    sites = [
+        Site(name, [items[index] for index in part], device)
+        for (name, part), device in zip(parts.items(), devices, strict=True)
+    ]
+    trainer: Trainer[Any] = Trainer(
+        setup.model, setup.objective, job.recipe.train, items, validation
+    )
+
+    def score() -> Mapping[str, float]:
+        figures = trainer.evaluate(trainer.validation)
+        return figures | category_losses(trainer, trainer.validation, items)
+
+    def keep(mode: Mode, result: ModeResult) -> None:
+        found[mode] = result
+        write_json(table, {name: asdict(made) for name, made in found.items()})
+
+    options = job.recipe.train.model_copy(update={"steps": job.local.steps, "epochs": None})
+    privacy = job.privacy.build(job.schedule.rounds) if job.privacy else None
+    compare(
+        job.make_strategy(),
+        setup.model,
+        LocalTraining(setup.objective, options, privacy),
+        sites,
+        job.schedule.build(Work()),
+        score,
+        rounds=job.schedule.rounds,
+        seed=job.seed,
+        modes=missing,
+        done=keep,
+        progress=progress,
+        codec=job.make_codec("up"),
+        down=job.make_codec("down"),
+        topology=job.make_topology([site.name for site in sites]),
+    )
+    return found

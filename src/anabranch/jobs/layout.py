@@ -1,0 +1,10 @@
+"""What lies in the folder of a job that runs as a process."""
+
+OUTPUT = "output"
+"""What the command was told to write to."""
+RESULT = "result.json"
+"""Its standard output."""
+LOG = "log.txt"
+"""Its standard error, of all attempts."""
+PROGRESS = "progress.jsonl"
+"""How far the latest attempt is: an object with ``message`` and ``fraction`` a line."""

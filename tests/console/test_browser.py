@@ -1,0 +1,201 @@
+"""The console in a real browser: the whole story, both themes, phone width, keyboard, axe-core."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.api.test_files import ROW, jsonl
+
+from .browser import DESKTOP, PHONE, Browser, Server, browsing, serving
+
+PAGES = ("", "models", "jobs?new", "engine", "federation", "claims", "claims/S46")
+SERIOUS = ("serious", "critical")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    state = tmp_path_factory.mktemp("state")
+    run = state / "runs" / "silos"
+    run.mkdir(parents=True)
+    job = {"strategy": {"name": "fedavg"}, "schedule": {"rounds": 2}}
+    (run / "job.json").write_text(json.dumps(job))
+    with serving(state, step_seconds=0.05) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def shared(server: Server) -> Iterator[Browser]:
+    with browsing(server.url) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(shared: Browser) -> Iterator[Browser]:
+    shared.size(*DESKTOP)
+    yield shared
+    assert not shared.complaints()
+    assert not shared.foreign_requests()
+
+
+def rows(folder: Path, count: int) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_bytes(jsonl(*[ROW] * count))
+    return path
+
+
+def start_job(browser: Browser, file: Path, name: str) -> None:
+    browser.open("jobs?new")
+    browser.run("document.querySelector('input[type=file]').value = ''")
+    browser.driver.find_element("css selector", "input[type=file]").send_keys(str(file))
+    browser.sees("rows.jsonl is here")
+    browser.find("input[aria-label='Name of the result']").send_keys(name)
+    browser.find("input[aria-label='Batch size']").send_keys("1")
+    browser.find("input[aria-label='Epochs']").send_keys("2")
+    browser.press("Start")
+    browser.sees("of ")
+    browser.until(lambda: "/jobs/finetune/" in browser.driver.current_url)
+
+
+def test_chat_upload_fine_tune_and_chat_with_the_result(browser: Browser, tmp_path: Path) -> None:
+    browser.open("?new=1")
+    browser.say("a **bold** word and <b>no tag</b>")
+    browser.sees("6 out")
+    assert browser.find(".formatted strong").text == "bold"
+    assert "<b>no tag</b>" in browser.text()
+    browser.keep("chat")
+    start_job(browser, rows(tmp_path, 20), "mine")
+    browser.sees("of 40 steps")
+    browser.keep("job-running")
+    browser.sees("succeeded")
+    browser.until(lambda: "M" in browser.find(".chart .line path").get_attribute("d"))
+    browser.keep("job-finished")
+    browser.press("Chat with it")
+    browser.until(lambda: "model=base" in browser.driver.current_url or "chat=" in browser.text())
+    browser.say("hello again")
+    browser.sees("2 out")
+    assert "base:mine" in browser.find(".reply-head").text
+
+
+def test_stop_keeps_the_text_and_a_reload_finds_it(browser: Browser) -> None:
+    browser.open("?model=slow")
+    browser.say("word " * 100)
+    browser.until(lambda: browser.find(".reply-text").text.count("word") >= 3)
+    browser.driver.refresh()
+    browser.until(lambda: browser.find(".reply-text").text.count("word") >= 3)
+    browser.press("Stop")
+    browser.sees("stopped")
+    written = browser.find(".reply-text").text
+    assert 3 <= written.count("word") < 100
+    browser.open("models")
+    browser.open()  # the tab comes back to its conversation
+    assert browser.find(".reply-text").text == written
+
+
+def test_a_bad_file_and_a_bad_field_are_named_where_they_are(
+    browser: Browser, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(jsonl(ROW) + b"not json\n")
+    browser.open("jobs?new")
+    browser.driver.find_element("css selector", "input[type=file]").send_keys(str(bad))
+    browser.sees("bad.jsonl was not kept")
+    browser.sees("line 2")
+    browser.find("input[aria-label='Name of the result']").send_keys("no spaces")
+    browser.sees("match pattern")
+    browser.keep("job-form-errors")
+
+
+def test_cancel_in_mid_job_is_seen_in_another_tab(
+    browser: Browser, server: Server, tmp_path: Path
+) -> None:
+    start_job(browser, rows(tmp_path, 400), "given-up")
+    browser.sees("of 800 steps")
+    page = browser.driver.current_url.rpartition("/console/")[2]
+    with browsing(server.url) as other:
+        other.open(page)
+        other.sees("of 800 steps")
+        browser.press("Cancel")
+        browser.sees("cancelled")
+        other.sees("cancelled")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_phone_width_does_not_scroll_sideways(browser: Browser, page: str) -> None:
+    browser.size(*PHONE)
+    browser.open(page)
+    browser.find("nav")
+    wide, shown = browser.run("return [document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= shown
+    browser.keep(f"phone-{page.partition('?')[0].replace('/', '-') or 'chat'}")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_nothing_serious(server: Server, dark: bool) -> None:
+    found = importlib.util.find_spec("axe_playwright_python")
+    if found is None or found.origin is None:
+        pytest.skip("axe-core is not here: pip install --no-deps axe-playwright-python")
+    axe = (Path(found.origin).parent / "axe.min.js").read_text("utf-8")
+    with browsing(server.url, dark=dark) as browser:
+        for page in PAGES:
+            browser.open(page)
+            if not page:
+                browser.press("Settings")
+                browser.say("hello")
+                browser.sees("1 out")
+            browser.run(axe)
+            report = browser.driver.execute_async_script(
+                "const done = arguments[0]; axe.run().then(done, (e) => done({error: `${e}`}))"
+            )
+            wrong = [
+                f"{page}: {each['id']}: {each['nodes'][0]['html'][:200]}"
+                for each in report["violations"]
+                if each["impact"] in SERIOUS
+            ]
+            assert not wrong
+            name = page.partition("?")[0].replace("/", "-") or "chat"
+            browser.keep(f"{'dark' if dark else 'light'}-{name}")
+
+
+def test_everything_can_be_reached_by_the_keyboard(browser: Browser) -> None:
+    browser.open("?new=1")
+    browser.run("document.activeElement.blur()")
+    reached = []
+    for _ in range(16):
+        browser.driver.switch_to.active_element.send_keys("\ue004")  # Tab
+        reached.append(
+            browser.run(
+                "const e = document.activeElement;"
+                "return e.ariaLabel || e.textContent.trim() || e.getAttribute('aria-label')"
+            )
+        )
+    for name in ("Skip to the content", "Jobs", "Claims", "Model", "Settings", "Message"):
+        assert any(name in (each or "") for each in reached), (name, reached)
+
+
+def test_the_theme_is_kept(browser: Browser) -> None:
+    browser.open("models")
+    assert not browser.run("return document.body.classList.contains('body--dark')")
+    browser.press("Light or dark")
+    browser.open("engine")
+    browser.until(lambda: browser.run("return document.body.classList.contains('body--dark')"))
+    browser.press("Light or dark")
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_when_the_server_is_killed_and_started_again(tmp_path: Path) -> None:
+    with serving(tmp_path / "state", step_seconds=0.2) as server, browsing(server.url) as browser:
+        start_job(browser, rows(tmp_path, 100), "survivor")
+        browser.sees("of 200 steps")
+        server.kill()
+        server.start()
+        browser.sees("Fine-tuning job goes on after step", 60)
+        went_on = re.search(r"goes on after step (\d+)", browser.text())
+        assert went_on is not None and int(went_on[1]) >= 1
+        browser.press("Cancel")
+        browser.sees("cancelled")
