@@ -5,7 +5,7 @@
 One server answers ``--streams`` streams without end. Phases with the tabs open and with none follow
 each other in the order ABBA, so that a machine that gets slower or faster favours neither. A tab is
 what a browser's is to the server: it loads the page and keeps the web socket on which updates come;
-what a browser spends on drawing is not the server's. Two ratios are reported, tabs to none: tokens
+what a browser spends on drawing is not the server's. Two ratios of medians are reported: tokens
 per second, and the server's processor seconds per generated token, which other work on the machine
 disturbs less. Exits with 1 if either is more than 5 % worse.
 """
@@ -91,25 +91,25 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             raise RuntimeError(f"a stream ended: {broken[0]!r}")
     none = [each for each in phases if not each.tabs]
     some = [each for each in phases if each.tabs]
-    throughput = mean(some, "tokens_per_second") / mean(none, "tokens_per_second")
-    processor = mean(some, "processor_per_token") / mean(none, "processor_per_token")
+    throughput = median(some, "tokens_per_second") / median(none, "tokens_per_second")
+    processor = median(some, "processor_per_token") / median(none, "processor_per_token")
     return {
         "tabs": options.tabs,
         "streams": options.streams,
         "page": options.page,
-        "tokens_per_second": {"none": mean(none, "tokens_per_second"),
-                              "tabs": mean(some, "tokens_per_second")},
+        "tokens_per_second": {"none": median(none, "tokens_per_second"),
+                              "tabs": median(some, "tokens_per_second")},
         "throughput_ratio": round(throughput, 4),
         "processor_per_token_ratio": round(processor, 4),
-        "updates_a_tab_and_second": round(mean(some, "updates"), 2),
+        "updates_a_tab_and_second": round(median(some, "updates"), 2),
         "phases": [vars(each) for each in phases],
         "holds": throughput >= 1 - WORSE and processor <= 1 + WORSE,
         "machine": machine(),
     }  # fmt: skip
 
 
-def mean(phases: list[Phase], name: str) -> float:
-    return round(statistics.mean(getattr(each, name) for each in phases), 6)
+def median(phases: list[Phase], name: str) -> float:
+    return round(statistics.median(getattr(each, name) for each in phases), 6)
 
 
 async def phase(

@@ -173,8 +173,8 @@ def test_one_client_trains_as_the_trainer_does():
     federation = elsewhere(model, places, rounds=1)
     federation.run()
     plain = initialised()
-    # The first task asks for the factors; the second, of kind factors, trains.
-    options = local().options.model_copy(update={"seed": derive_seed(0, "client", "c0", 2)})
+    # The first task asks for the factors; its follow-up, of kind factors, trains.
+    options = local().options.model_copy(update={"seed": derive_seed(0, "client", "c0", 1, 1)})
     trainer = Trainer(plain, local().objective, options, places[0].data)
     for _ in range(trainer.total_steps):
         trainer.step(trainer.next_items())

@@ -263,7 +263,7 @@ def test_a_tree_stores_the_same_bytes_once_and_names_what_it_cannot_store():
 
 
 def test_messages_come_back_and_damaged_ones_are_named():
-    task = Task(3, "ü/x", "train", 2, 1.5, Work(steps=4), 9.0, 3, 1, 2, 2, b"body")
+    task = Task(3, "ü/x", "train", 2, 1.5, Work(steps=4), 9.0, 3, 0, 1, 2, 2, b"body")
     reply = Reply(3, "ü/x", "train", 2, 10, 4.0, {"loss": 0.5}, "", b"body")
     assert Task.from_bytes(task.to_bytes()) == task
     assert Reply.from_bytes(reply.to_bytes()) == reply

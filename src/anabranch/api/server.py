@@ -104,7 +104,15 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         # After the drain only the last bytes of finished answers are still under way.
         config = uvicorn.Config(
-            app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=2
+            app,
+            lifespan="on",
+            # The same with every extra: uvloop, which one brings, hides that a port is taken.
+            loop="asyncio",
+            http="h11",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=2,
+            ws_per_message_deflate=False,  # the console's messages are short; time is the engine's
         )
         super().__init__(config)
         self.service: Service = app.state.service

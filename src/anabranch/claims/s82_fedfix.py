@@ -21,7 +21,7 @@ class FixedWindowAggregation(Claim):
     )
 
     def measure(self, seed: int, progress: Progress) -> Measurement:
-        """Four methods for 20 virtual seconds, on two kinds of devices."""
+        """Four methods for 15 virtual seconds, on two kinds of devices."""
         from anabranch.claims.federated_experiments.asynchronous import fedfix
 
         return fedfix(seed, progress)

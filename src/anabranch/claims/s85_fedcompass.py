@@ -21,7 +21,7 @@ class ComputingPowerAwareScheduling(Claim):
     )
 
     def measure(self, seed: int, progress: Progress) -> Measurement:
-        """Four methods for 20 virtual seconds, on three kinds of devices."""
+        """Four methods to the target, on three kinds of devices."""
         from anabranch.claims.federated_experiments.asynchronous import fedcompass
 
         return fedcompass(seed, progress)

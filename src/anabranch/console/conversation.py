@@ -13,6 +13,7 @@ import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from anabranch.api.answer import Answer
@@ -148,7 +149,7 @@ class Conversation:
         self.turns.append(turn)
         for side, (reply, request) in enumerate(zip(turn.replies, requests, strict=True)):
             task = self._tasks[side] = asyncio.create_task(self._answer(reply, request))
-            task.add_done_callback(lambda _, side=side, reply=reply: self._ended(side, reply))
+            task.add_done_callback(partial(self._ended, side, reply))
         self._tell()
         return turn
 
@@ -180,7 +181,7 @@ class Conversation:
                 messages.append({"role": "assistant", "content": said})
         return [*messages, {"role": "user", "content": prompt}]
 
-    def _ended(self, side: int, reply: Reply) -> None:
+    def _ended(self, side: int, reply: Reply, task: asyncio.Task[None]) -> None:
         """Also of a task that was cancelled before it began."""
         if reply.outcome == "running":
             reply.outcome = "stopped"

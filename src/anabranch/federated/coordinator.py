@@ -203,7 +203,7 @@ class Coordinator:
         kind: str,
         work: Work,
         deadline: float | None,
-        exchange: int | None = None,
+        follows: Task | None = None,
     ) -> None:
         state = self.state
         if client not in state.members:
@@ -212,6 +212,7 @@ class Coordinator:
             )
         number = state.next_task
         state.next_task += 1
+        exchange, turn = (follows.exchange, follows.turn + 1) if follows else (number, 0)
         task = Task(
             id=number,
             client=client,
@@ -220,12 +221,13 @@ class Coordinator:
             sent=state.now,
             work=work,
             deadline=deadline,
-            exchange=exchange or number,
+            exchange=exchange,
+            turn=turn,
             accepted=state.accepted.get(client, 0),
             awaited=state.awaited(client, default=number),
             settled=state.settled(client, default=number),
-            body=self._encode(client, kind, number),
         )
+        task = replace(task, body=self._encode(task))
         state.begin(task)
         account = Account("down", client, kind, state.version)
         state.ledger.record(account, len(task.body), len(task.envelope()))
@@ -233,11 +235,12 @@ class Coordinator:
             self._set_timer(Timer(deadline, "", number))
         self.outbox.append(task)
 
-    def _encode(self, client: str, kind: str, task: int) -> bytes:
+    def _encode(self, task: Task) -> bytes:
+        client, kind = task.client, task.kind
         payload = self.server.message(client, kind)
         if not isinstance(self.down, Identity):
             memory = self.state.codec.setdefault(client, {})
-            rng = generator(self.seed, "codec down", client, task)
+            rng = generator(self.seed, "codec down", client, *task.draw)
             return self.wire.encode("down", kind, self.down.encode(payload, memory, rng))
         # The same object for a hundred clients is encoded, and stored, once.
         known = self._encoded
@@ -288,7 +291,7 @@ class Coordinator:
             return
         if follow_up is not None:
             state.end(task.id)
-            self._send(task.client, follow_up, task.work, task.deadline, task.exchange)
+            self._send(task.client, follow_up, task.work, task.deadline, task)
             return
         if not self.schedule.admits(update):
             reason = f"{task.client} worked on version {update.version}, now {state.version}"

@@ -40,8 +40,9 @@ class Task:
     """The coordinator asks a client for something.
 
     ``id`` counts the tasks of a run from 1. ``exchange`` is the id of the first task of a chain of
-    messages; it equals ``id`` unless the task continues one. ``version`` is the number of commits
-    before it was sent, at ``sent`` seconds of the run. After ``deadline`` nobody waits for it.
+    messages; it equals ``id`` unless the task continues one, as its ``turn``-th follow-up.
+    ``version`` is the number of commits before it was sent, at ``sent`` seconds of the run. After
+    ``deadline`` nobody waits for it.
 
     ``accepted`` is the client's newest task whose reply counts, 0 if there is none. ``awaited`` is
     its oldest task under way, this one included: a task between the two was in vain. Replies to
@@ -56,10 +57,16 @@ class Task:
     work: Work = UNSPECIFIED
     deadline: float | None = None
     exchange: int = 0
+    turn: int = 0
     accepted: int = 0
     awaited: int = 0
     settled: int = 0
     body: bytes = field(default=b"", repr=False)
+
+    @property
+    def draw(self) -> tuple[int, ...]:
+        """What randomness is derived from: the ids of follow-ups hang on who replied first."""
+        return (self.exchange, self.turn) if self.turn else (self.exchange or self.id,)
 
     def envelope(self) -> bytes:
         """Everything but the body."""

@@ -150,12 +150,12 @@ class Node:
         working = map_tensors(self._personal, lambda tensor: tensor.clone())
         agreed = self._agreement
         ctx = self._context(task, working["state"])
-        with seeded(derive_seed(agreed.seed, "task", self.name, task.id)):
+        with seeded(derive_seed(agreed.seed, "task", self.name, *task.draw)):
             payload = agreed.down.decode(agreed.wire.decode("down", task.kind, task.body))
             answer, examples = agreed.client.run(ctx, task.kind, payload)
         coded: Payload = answer
         if not isinstance(agreed.up, Identity):
-            rng = generator(agreed.seed, "codec", self.name, task.id)
+            rng = generator(agreed.seed, "codec", self.name, *task.draw)
             coded = agreed.up.encode(answer, working["codec"], rng)
         body = agreed.wire.encode("up", task.kind, coded)
         self._personal = working
@@ -183,7 +183,7 @@ class Node:
             accepted=task.accepted,
             state=state,
             exchange=self._memory,
-            seed=derive_seed(agreed.seed, "client", self.name, task.id),
+            seed=derive_seed(agreed.seed, "client", self.name, *task.draw),
             open_peer=self._open_peer,
         )
 

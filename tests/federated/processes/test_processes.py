@@ -41,14 +41,8 @@ from tests.federated.test_strategies import network_for
 CENTRAL = [
     pytest.param(cls, id=name)
     for name, cls in registry.available("strategies").items()
-    # Wrappers of other methods live elsewhere, and peers have no server whose state could differ.
-    if not cls.decentralised and cls.__module__.startswith("anabranch.federated.strategies.")
+    if not cls.decentralised  # peers have no server whose state could differ
 ]
-
-
-ROUNDING = ("fed-sb",)
-"""Methods that send singular vectors of rank-deficient gradients: those of singular value zero, and
-the signs of all, hang on the last bit of a product, which is not the same in every process."""
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +121,6 @@ def test_every_strategy_ends_as_in_simulation(cls, pool):
         )
 
     simulated, real = in_both(make, pool)
-    if cls.name in ROUNDING:
-        simulated["server"] = real["server"]
     assert real == simulated
     assert real["version"] == 2
 

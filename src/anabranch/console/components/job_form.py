@@ -67,17 +67,20 @@ class JobForm:
     def _make_input(self, field: Field) -> Any:
         label = f"{field.label} *" if field.required else field.label
         made: Any
-        check = {"validation": lambda value: self._problem(field.key)}
+
+        def check(value: Any) -> str | None:
+            return self._problem(field.key)
+
         if field.kind in ("choice", "file"):
             only = list(field.choices)[:1] if field.required and len(field.choices) == 1 else [None]
-            made = ui.select(dict(field.choices), value=only[0], label=label, **check)
+            made = ui.select(dict(field.choices), value=only[0], label=label, validation=check)
             made.props("options-dense" + ("" if field.required else " clearable"))
             if len(field.choices) > 8:
                 made.props("use-input input-debounce=0")
         elif field.kind == "number":
-            made = ui.number(label, **check).props(f"debounce={CHECK_AFTER_MS}")
+            made = ui.number(label, validation=check).props(f"debounce={CHECK_AFTER_MS}")
         else:
-            made = ui.input(label, **check).props(f"debounce={CHECK_AFTER_MS}")
+            made = ui.input(label, validation=check).props(f"debounce={CHECK_AFTER_MS}")
         made.props("outlined dense").mark(field.key)
         if field.hint:
             made._props["hint"] = field.hint

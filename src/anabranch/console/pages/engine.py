@@ -116,7 +116,10 @@ def message(samples: Samples) -> str:
         {
             name: {
                 "time": sample.time,
-                "series": [plotted.values(sample) for plotted in CHARTS],
+                "series": [
+                    [None if value is None else round(value, 4) for value in plotted.values(sample)]
+                    for plotted in CHARTS
+                ],
                 "tiles": list(_tiles(sample).values()),
             }
             for name, sample in samples.items()

@@ -33,7 +33,7 @@ class Secure(Strategy):
         Secure(FedProx(mu=0.01)).simulate(model, local, sites, rounds=20).run()
     """
 
-    name = "secure"
+    private = True  # as all methods that it takes; without a name, as it is none by itself
 
     def __init__(self, strategy: Strategy, options: SecureOptions | None = None) -> None:
         if not isinstance(strategy, FedAvg):

@@ -1,0 +1,20 @@
+"""Flower (flwr) as a runtime: the federation's loop in a ServerApp, its clients on SuperNodes."""
+
+from anabranch.errors import MissingExtra
+
+try:
+    import flwr as _flwr  # noqa: F401
+except ImportError:
+    raise MissingExtra("flwr", "flower") from None
+
+from anabranch.federated.runtimes.flower.apps import client_app
+from anabranch.federated.runtimes.flower.deployment import Deployment
+from anabranch.federated.runtimes.flower.resident import Place
+from anabranch.federated.runtimes.flower.runtime import Flower
+
+__all__ = [
+    "Deployment",
+    "Flower",
+    "Place",
+    "client_app",
+]
