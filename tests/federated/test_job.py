@@ -19,9 +19,11 @@ from anabranch.errors import ConfigurationError
 from anabranch.federated import Buffered, Deadline, Sync
 from anabranch.federated.codecs import Chain, ErrorFeedback
 from anabranch.federated.job import load_job
-from anabranch.federated.messages import Work
 from anabranch.federated.running import claim
+from anabranch.federated.scheduling import Uniform
+from anabranch.federated.scheduling.compass import Compass
 from anabranch.federated.strategies import FedAvgServer, FedProx
+from anabranch.federated.strategies.warm_up import WarmUp
 from tests.federated.helpers import vectors
 from tests.training.tiny_base import write_base
 
@@ -58,6 +60,26 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "job.yaml"
     path.write_text(JOB)
     return path
+
+
+@pytest.mark.parametrize(
+    ("strategy", "schedule"),
+    [("fedavg", Sync), ("fedamd", WarmUp), ("fedcompass", Compass), ("fedbuff", Buffered)],
+)
+def test_without_a_name_the_schedule_is_the_methods_own(
+    file: Path, strategy: str, schedule: type
+) -> None:
+    job = load_job(file, [f"strategy={strategy}", "schedule={rounds: 3}", "local={steps: 7}"])
+    made = job.make_schedule()
+    assert type(made) is schedule
+    if schedule is not Compass:  # which says itself how much a task is
+        assert made.work.steps == 7
+    if schedule in (Sync, WarmUp):
+        sampled = load_job(file, [f"strategy={strategy}", "schedule={rounds: 3, sample: 2}"])
+        assert sampled.make_schedule().sampler == Uniform(2)
+    else:
+        with pytest.raises(ConfigurationError, match="no rounds"):
+            load_job(file, [f"strategy={strategy}", "schedule={rounds: 3, decay: cosine}"])
 
 
 def test_a_job_from_file_to_adapter(file: Path, tmp_path: Path) -> None:
@@ -115,15 +137,15 @@ def test_keys_become_parts(file: Path) -> None:
             "aggregator=mean",
         ],
     )
-    assert isinstance(job.schedule.build(Work()), Buffered)
+    assert isinstance(job.make_schedule(), Buffered)
     codec = job.make_codec("up")
     assert isinstance(codec, ErrorFeedback) and isinstance(codec.codec, Chain)
     assert job.make_codec("down") is None
     strategy = job.make_strategy()
     assert isinstance(strategy, FedProx) and strategy.mu == 0.01
     deadline = load_job(file, ["schedule={name: deadline, seconds: 3, sample: 0.5}"])
-    assert isinstance(deadline.schedule.build(Work()), Deadline)
-    assert isinstance(load_job(file).schedule.build(Work()), Sync)
+    assert isinstance(deadline.make_schedule(), Deadline)
+    assert isinstance(load_job(file).make_schedule(), Sync)
     shares = load_job(file, ["clients={count: 2, split: {name: shards, per_client: 1}}"])
     assert list(shares.clients.divide(["a", "a", "b", "b"], 0)) == ["client-0", "client-1"]
     category = load_job(file, ["clients={split: category}"])

@@ -79,7 +79,7 @@ def compare_job(
         setup.model,
         LocalTraining(setup.objective, options, privacy),
         sites,
-        job.schedule.build(Work()),
+        job.schedule.build(job.make_strategy(), Work()),
         score,
         rounds=job.schedule.rounds,
         seed=job.seed,

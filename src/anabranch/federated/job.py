@@ -97,10 +97,12 @@ class Clients(Section):
 class Timetable(Section):
     """``sync`` (``sample`` clients a round: a number or a share), ``deadline`` (also ``seconds``
     and ``enough``) or ``buffered`` (``size``, ``max_staleness``); ``rounds`` are versions to make.
-    With a barrier the clients' learning rate may fall from round to round by ``decay``.
+    Without a name it is the method's own: FedCompass groups, FedAMD asks everyone first, most
+    others are ``sync``. With a barrier the clients' learning rate may fall from round to round by
+    ``decay``.
     """
 
-    name: Literal["sync", "deadline", "buffered"] = "sync"
+    name: Literal["sync", "deadline", "buffered"] | None = None
     rounds: Count = 10
     sample: Annotated[int | float | None, Field(gt=0)] = None
     decay: Literal["constant", "linear", "cosine"] | None = None
@@ -112,27 +114,39 @@ class Timetable(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Timetable:
         own = {
+            None: {"sample", "decay"},
             "sync": {"sample", "decay"},
             "deadline": {"sample", "decay", "seconds", "enough"},
             "buffered": {"size", "max_staleness"},
         }[self.name]
         given = {n for n in self.model_fields_set if getattr(self, n) is not None}
         if foreign := sorted(given - own - {"name", "rounds"}):
-            raise ValueError(f"{self.name} has no {', '.join(foreign)}; it has {sorted(own)}")
+            which = self.name or "the method's own schedule"
+            raise ValueError(f"{which} has no {', '.join(foreign)}; it has {sorted(own)}")
         if self.name == "deadline" and self.seconds is None:
             raise ValueError("a deadline needs seconds")
         return self
 
-    def build(self, work: Work) -> Schedule:
-        """The schedule."""
-        sampler = Everyone() if self.sample is None else Uniform(self.sample)
+    def build(self, strategy: Strategy, work: Work) -> Schedule:
+        """The schedule. Methods that say themselves how much a task is, keep to that."""
+        if self.name is None:
+            sampler = None if self.sample is None else Uniform(self.sample)
+            made = strategy.schedule(self.rounds, sampler)
+            if hasattr(made, "work"):
+                made.work = work
+            if self.decay is not None:
+                if not isinstance(made, Sync):
+                    raise ConfigurationError(f"schedule.decay: {strategy.name} has no rounds")
+                made.decay = self.decay
+            return made
+        chosen = Everyone() if self.sample is None else Uniform(self.sample)
         decay = self.decay or "constant"
         if self.name == "sync":
-            return Sync(self.rounds, sampler, work, decay=decay)
+            return Sync(self.rounds, chosen, work, decay=decay)
         if self.name == "deadline":
             assert self.seconds is not None
             return Deadline(
-                self.rounds, sampler, work, decay=decay, seconds=self.seconds, enough=self.enough
+                self.rounds, chosen, work, decay=decay, seconds=self.seconds, enough=self.enough
             )
         return Buffered(self.rounds, self.size or 10, self.max_staleness, work)
 
@@ -263,7 +277,9 @@ class FederateJob(Section):
 
     def make_schedule(self) -> Schedule:
         """Who works when."""
-        made = self.schedule.build(Work(steps=self.local.steps, epochs=self.local.epochs))
+        strategy = self.make_strategy()
+        inner = strategy.strategy if isinstance(strategy, Secure) else strategy
+        made = self.schedule.build(inner, Work(steps=self.local.steps, epochs=self.local.epochs))
         return made if self.secure is None else secure_schedule(made)
 
     def make_codec(self, direction: Literal["up", "down"]) -> Codec | None:
@@ -336,7 +352,7 @@ def load_job(source: str | Path, overrides: Iterable[str] = ()) -> FederateJob:
         values["recipe"] = load_recipe(beside if beside.is_file() else recipe)
     job = parse_options(FederateJob, values)
     try:
-        job.make_strategy(), job.make_codec("up"), job.make_codec("down"), job.make_schedule()
+        job.make_schedule(), job.make_codec("up"), job.make_codec("down")
     except UnknownName as error:
         raise ConfigurationError(str(error)) from None
     return job

@@ -11,10 +11,18 @@ from anabranch.federated.runtimes.flower.apps import client_app
 from anabranch.federated.runtimes.flower.deployment import Deployment
 from anabranch.federated.runtimes.flower.resident import Place
 from anabranch.federated.runtimes.flower.runtime import Flower
+from anabranch.federated.runtimes.flower.strategy import (
+    FlowerStrategy,
+    answer,
+    to_flower_strategy,
+)
 
 __all__ = [
     "Deployment",
     "Flower",
+    "FlowerStrategy",
     "Place",
+    "answer",
     "client_app",
+    "to_flower_strategy",
 ]
