@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 
-.PHONY: up test lint format bench bench-serving bench-soak claims clean
+.PHONY: up test lint format docs bench bench-serving bench-soak claims clean
 
 up: $(VENV)/.runtime
 	@exec $(BIN)/anabranch up $(ARGS)
@@ -23,6 +23,10 @@ lint: $(VENV)/.development
 format: $(VENV)/.development
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+# The site in build/site, from docs/ and from the code; a link that leads nowhere is an error.
+docs: $(VENV)/.development
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.development
 	$(BIN)/python -m benchmarks.serving $(ARGS)

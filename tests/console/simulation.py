@@ -64,6 +64,12 @@ class Visit:
         assert len(found) == 1, found
         return found[0]
 
+    def has(self, marker: str) -> bool:
+        """Whether something with the marker is visible."""
+        with self.user:
+            elements = ui.context.client.elements.values()
+            return any(marker in each._markers and shown(each) for each in elements)
+
     def texts(self, kind: type[ui.element] = ui.label) -> list[str]:
         with self.user:
             return [

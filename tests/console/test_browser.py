@@ -59,7 +59,7 @@ def start_job(browser: Browser, file: Path, name: str) -> None:
     browser.find("input[aria-label='Epochs']").send_keys("2")
     browser.press("Start")
     browser.sees("of ")
-    browser.until(lambda: "/jobs/finetune/" in browser.driver.current_url)
+    browser.until(lambda: "/jobs/fine_tuning/" in browser.driver.current_url)
 
 
 def test_chat_upload_fine_tune_and_chat_with_the_result(browser: Browser, tmp_path: Path) -> None:

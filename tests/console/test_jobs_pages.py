@@ -41,7 +41,7 @@ async def start(at: Visit, suffix: str = "mine", rows: int = 8) -> str:
     at.one(ui.number, "hyperparameters.batch_size").value = 1.0
     at.one(ui.number, "hyperparameters.n_epochs").value = 2.0
     at.user.find(marker="start").click()
-    await at.until(lambda: "/jobs/finetune/" in at.user.back_history[-1])
+    await at.until(lambda: "/jobs/fine_tuning/" in at.user.back_history[-1])
     await at.sees(f"base:{suffix}")
     return at.user.back_history[-1].rpartition("/")[2]
 
@@ -121,12 +121,13 @@ def test_the_form_says_beside_the_field_what_is_wrong(workspace: Workspace) -> N
         await at.sees("rows.jsonl is here")
         assert file.value is not None
         suffix.value = "still no spaces"
-        assert suffix.error is not None and "match" in suffix.error and epochs.error is None
+        await at.until(lambda: "match" in (suffix.error or ""))
+        assert epochs.error is None
         suffix.value = "fine"
         epochs.value = 2.5
-        assert suffix.error is None and epochs.error is not None
+        await at.until(lambda: suffix.error is None and epochs.error is not None)
         epochs.value = 2.0
-        assert epochs.error is None
+        await at.until(lambda: epochs.error is None)
         file.value = None
         at.user.find(marker="start").click()
         await at.until(lambda: file.error)
@@ -141,10 +142,9 @@ def test_yaml_is_checked_while_it_is_written(workspace: Workspace) -> None:
         await upload(at, jsonl(ROW))
         await at.sees("rows.jsonl is here")
         at.user.find(marker="yaml-tab").click()
-        await at.until(lambda: at.user.find(kind=ui.textarea, marker="yaml").elements)
+        await at.sees("This can be started.")
         text = at.one(ui.textarea, "yaml")
         assert text.value.startswith("model: base\ntraining_file: file-")
-        await at.sees("This can be started.")
         good = text.value
         text.value = good + "sufix: x\n"
         await at.sees("unknown field (did you mean 'suffix'?)")
@@ -182,7 +182,7 @@ def test_two_tabs_watch_one_job_by_one_reading(workspace: Workspace) -> None:
 
     async def story(at: Visit) -> None:
         job_id = await start(at, rows=200)
-        kind, readings = at.console.job_kinds["finetune"], 0
+        kind, readings = at.console.job_kinds["fine_tuning"], 0
         read = kind.report
 
         def counted(*args: str | None) -> object:
@@ -192,7 +192,7 @@ def test_two_tabs_watch_one_job_by_one_reading(workspace: Workspace) -> None:
 
         kind.report = counted  # type: ignore[method-assign, assignment]
         for _ in range(4):
-            await at.open(f"jobs/finetune/{job_id}")
+            await at.open(f"jobs/fine_tuning/{job_id}")
         opened = readings
         await asyncio.sleep(2.3)
         assert 1 <= readings - opened <= 3
@@ -204,7 +204,7 @@ def test_two_tabs_watch_one_job_by_one_reading(workspace: Workspace) -> None:
 
 def test_unknown_jobs_and_servers_without_jobs_say_so(workspace: Workspace) -> None:
     async def unknown(at: Visit) -> None:
-        for path in ("jobs/finetune/nothing", "jobs/federate/nothing"):
+        for path in ("jobs/fine_tuning/nothing", "jobs/federate/nothing"):
             answer = await at.http.get(f"/console/{path}")
             assert answer.status_code == 404 and "There is no such job" in answer.text
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from anabranch.console.jobs import TakesFiles
 from anabranch.console.sessions import COOKIE
 from anabranch.jobs import Workspace
 from tests.api.conftest import EchoModel
@@ -16,7 +17,7 @@ from tests.api.test_files import ROW, jsonl
 from .simulation import Visit, visit
 
 KEYS = ("alices-key", "bobs-key")
-PAGES = ("", "models", "jobs", "jobs/finetune/x", "engine", "federation", "federation/x", "claims")
+PAGES = ("", "models", "jobs", "jobs/x/x", "engine", "federation", "federation/x", "claims")
 
 
 async def sign_in(at: Visit, key: str, next_: str = "/models") -> str:
@@ -80,7 +81,8 @@ def test_files_jobs_and_conversations_belong_to_their_key(tmp_path: Path) -> Non
         await sign_in(at, KEYS[0])
         alice = at.console.sessions.visitor(_request(at))
         assert alice is not None and alice.owner is not None
-        kind = at.console.job_kinds["finetune"]
+        kind = at.console.job_kinds["fine_tuning"]
+        assert isinstance(kind, TakesFiles)
         file = kind.upload(io.BytesIO(jsonl(ROW)), "alices-rows.jsonl", alice.owner)
         request = {"model": "base", "training_file": file.id, "suffix": "alices"}
         job = kind.create(request, alice.owner)
@@ -95,7 +97,7 @@ def test_files_jobs_and_conversations_belong_to_their_key(tmp_path: Path) -> Non
         await at.sees("No jobs yet")
         html = (await at.http.get("/console/jobs?new")).text
         assert "alices-rows" not in html and job not in html
-        other = await at.http.get(f"/console/jobs/finetune/{job}")
+        other = await at.http.get(f"/console/jobs/fine_tuning/{job}")
         assert other.status_code == 404 and "alices" not in other.text
         lost = await at.http.get(f"/console/?chat={conversation.id}")
         assert "a secret of alice" not in lost.text

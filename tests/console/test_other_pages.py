@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from nicegui import ui
 
 from anabranch.claims.base import ClaimResult, find
 from anabranch.claims.store import save
-from anabranch.console.claims import ClaimBusy, ClaimRuns, documented_figures
+from anabranch.console.claims import documented_figures
 from anabranch.console.components.chart import Chart
 from anabranch.console.components.reply import formatted, utf16_length
 from anabranch.console.federations import Federations, UnknownFederation
-from anabranch.errors import UnknownName
 from anabranch.evaluation.plotting import Plot
 from anabranch.federated.ledger import Account, Ledger
 from anabranch.federated.store import write_state
@@ -207,6 +205,8 @@ def test_claims_show_the_newest_verdict_and_how_often_it_held(cache: Path) -> No
         chart = at.one(Chart)
         assert chart._props["levels"] == ["goal"]
         assert [s["name"] for s in chart._props["series"]] == ["splitfuse", "goal"]
+        assert not at.has("measure")
+        await at.sees("It cannot be measured from here. This server keeps no jobs.")
         assert (await at.http.get("/console/claims/S00")).status_code == 404
 
     visit(story)
@@ -219,66 +219,6 @@ def test_documented_figures_are_read_from_the_table_of_systems(tmp_path: Path) -
     )
     assert documented_figures(page) == {"S46": "0.41x, 2.27x"}
     assert documented_figures(tmp_path / "absent.md") == {}
-
-
-class Scripted(ClaimRuns):
-    """Runs a short script in place of the command."""
-
-    def __init__(self, script: str) -> None:
-        super().__init__()
-        self.script = script
-
-    def command(self, claim_id: str) -> tuple[str, ...]:
-        return (sys.executable, "-u", "-c", self.script)
-
-
-def test_a_claim_is_measured_in_its_own_process_and_followed() -> None:
-    async def story() -> None:
-        runs = Scripted("print('half'); print('S46 x: falls short'); raise SystemExit(1)")
-        seen: list[str] = []
-        runs.watchers.add(lambda run: seen.append(run.state))
-        run = await runs.start("s46")
-        with pytest.raises(ClaimBusy, match="S46 is being measured"):
-            await runs.start("S02")
-        await runs.finished()
-        assert run.state == "finished" and run.lines == ["half", "S46 x: falls short"]
-        assert seen[0] == "running" and seen[-1] == "finished"
-
-        failing = Scripted("print('no data'); raise SystemExit(1)")
-        run = await failing.start("S46")
-        await failing.finished()
-        assert run.state == "failed" and run.lines == ["no data"]
-
-        endless = Scripted("import time\nprint('on', flush=True)\ntime.sleep(60)")
-        run = await endless.start("S46")
-        endless.stop()
-        await endless.finished()
-        assert run.state == "stopped"
-        with pytest.raises(UnknownName):
-            await endless.start("S00")
-        await endless.close()
-
-    asyncio.run(story())
-
-
-def test_the_page_follows_a_measurement_from_any_tab(cache: Path) -> None:
-    async def story(at: Visit) -> None:
-        script = "import time\nprint('step one', flush=True)\ntime.sleep(60)"
-        at.console.claims = Scripted(script)
-        await at.open("claims/S46")
-        at.user.find(marker="measure").click()
-        await at.sees("Measuring S46")
-        await at.sees("step one")
-        await at.open("claims")
-        await at.sees("Measuring S46")
-        await at.open("claims/S02")
-        at.user.find(marker="measure").click()
-        await at.sees("S46 is being measured; wait for it or stop it")
-        await at.open("claims/S46")
-        at.user.find(marker="stop-claim").click()
-        await at.sees("stopped")
-
-    visit(story)
 
 
 def test_answers_are_formatted_without_obeying_their_tags() -> None:

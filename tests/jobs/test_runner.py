@@ -18,6 +18,8 @@ import pytest
 
 from anabranch.errors import ConfigurationError, UnknownName
 from anabranch.jobs import Job, Workspace
+from anabranch.jobs.child import Child
+from anabranch.jobs.kinds import Limits
 from anabranch.jobs.layout import OUTPUT, RESULT
 from anabranch.jobs.runner import CommandRunner
 from anabranch.jobs.service import Jobs
@@ -223,3 +225,10 @@ def test_a_claim_becomes_a_command(bench: Bench) -> None:
     assert kind.succeeded(1, folder)  # measured; what came out is another matter
     (folder / RESULT).write_text("")
     assert not kind.succeeded(1, folder)
+
+
+def test_a_job_gives_way_to_what_is_served_beside_it(tmp_path: Path) -> None:
+    script = "import os, time; time.sleep(0.3); print(os.nice(0))"
+    child = Child([sys.executable, "-c", script], tmp_path, Limits())
+    until(lambda: child.poll() is not None)
+    assert int((tmp_path / RESULT).read_text()) >= 10

@@ -13,9 +13,9 @@ from tools.docs.markdown import cell, code, plain, table
 
 HEAD = """# Command line
 
-Every command and option of the program `anabranch`, made from the program itself. Errors that a user
-can cause end it with a message and a status of their own ([errors](errors.md)); `anabranch --debug
-COMMAND` shows the traceback. Where a variable is named, it sets the option's default.
+Every command and option of the program `anabranch`, made from the program itself. Errors that a
+user can cause end it with a message and a status of their own ([errors](errors.md));
+`anabranch --debug COMMAND` shows the traceback. A variable that is named sets the option's default.
 
 """
 

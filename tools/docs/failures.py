@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import anabranch
 from anabranch.errors import AnabranchError
@@ -13,15 +13,15 @@ from tools.docs.markdown import code, first_paragraph, table
 HEAD = """# Errors
 
 Everything that a user can cause is an `AnabranchError`. Its message says what was wrong, where, and
-what would be right ([troubleshooting](../troubleshooting.md) has the frequent ones); its class says how
-the command line exits and what the server answers. `code` is the field of that name in the server's
-`error` object.
+what would be right ([troubleshooting](../troubleshooting.md) has the frequent ones); its class says
+how the command line exits and what the server answers. `code` is the field of that name in the
+server's `error` object.
 
 """
 
 
 def page() -> str:
-    """A table of the classes, a subclass behind its base, by module."""
+    """A table of the classes, each followed by its subclasses."""
     rows = [
         [
             code(error.__name__),
@@ -37,9 +37,9 @@ def page() -> str:
 
 def errors() -> Iterator[type[AnabranchError]]:
     """Every error of the modules named ``errors``, a base before its subclasses."""
-    for module in pkgutil.walk_packages(anabranch.__path__, "anabranch."):
-        if module.name.rpartition(".")[2] == "errors":
-            importlib.import_module(module.name)
+    package = Path(anabranch.__path__[0])
+    for file in sorted(package.rglob("errors.py")):
+        importlib.import_module(".".join(file.relative_to(package.parent).with_suffix("").parts))
     yield AnabranchError
     yield from _below(AnabranchError)
 

@@ -16,9 +16,10 @@ from tools.docs.markdown import cell, code, plain, table
 
 HEAD = """# HTTP reference
 
-Every route of a server that keeps files and jobs, made from its own [OpenAPI document](openapi.json),
-which a running server answers at `/openapi.json`. The routes and fields are OpenAI's unless a field
-says *Extension*; [HTTP API](../api.md) explains them.
+Every route of a server that keeps files and jobs, made from its own
+[OpenAPI document](openapi.json), which a running server has at `/openapi.json`. `/v1/adapters` and
+`/v1/jobs` are ours, and so are fields that say *Extension*; the rest is OpenAI's.
+[HTTP API](../api.md) explains it.
 
 """
 
@@ -97,15 +98,13 @@ def _route(path: str, method: str, route: dict[str, Any]) -> str:
 
 
 def _statuses() -> str:
-    known: dict[str, dict[str, str]] = {}
-    for _, _, route in routes():
-        for status, answer in route["responses"].items():
-            if int(status) >= 400:
-                known.setdefault(status, {})[answer["description"]] = ""
-    return table(
-        ["status", "when"],
-        [[status, " ".join(known[status])] for status in sorted(known)],
-    )
+    known = {
+        (status, answer["description"])
+        for _, _, route in routes()
+        for status, answer in route["responses"].items()
+        if int(status) >= 400
+    }
+    return table(["status", "when"], sorted(known))
 
 
 def _object(name: str, schema: dict[str, Any]) -> str:

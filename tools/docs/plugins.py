@@ -7,8 +7,8 @@ from tools.docs.markdown import code, first_paragraph, table
 
 HEAD = """# Plug-ins
 
-Every kind of plug-in with those that come with Anabranch, as `anabranch list KIND` shows them. A kind
-is a base class; a package of yours adds to it with a subclass that has a `name`, under an entry point:
+Every kind of plug-in with those that come with Anabranch, as `anabranch list KIND` shows them. A
+kind is a base class; a package of yours adds a subclass that has a `name`, under an entry point:
 
 ```toml
 [project.entry-points."anabranch.policies"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PACKAGES: dict[str, tuple[str, ...]] = {
-    "models": ("anabranch.models", "anabranch.models.card", "anabranch.models.protocol"),
+    "models": ("anabranch.models",),
     "serving": (
         "anabranch.serving",
         "anabranch.serving.coserving",

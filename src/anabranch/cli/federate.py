@@ -38,7 +38,7 @@ def federate(
     publish: Publish = None,
     runtime: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="simulation, or processes of this machine."),
+        typer.Option(metavar="NAME", help="simulation, or processes or flower of this machine."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

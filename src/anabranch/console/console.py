@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from anabranch.api.service import Service
-from anabranch.console.claims import ClaimRuns
 from anabranch.console.conversation import Conversations
 from anabranch.console.engine import EngineSampler
 from anabranch.console.federations import Federations
 from anabranch.console.fine_tuning import FineTuning
-from anabranch.console.jobs import JobKind
+from anabranch.console.jobs import ConsoleKind
 from anabranch.console.options import ConsoleOptions
+from anabranch.console.processes import Processes
 from anabranch.console.sessions import Sessions
 
 
@@ -27,10 +27,11 @@ class Console:
         self.conversations = Conversations(service)
         self.sampler = EngineSampler(service.models.values(), service.metrics)
         self.federations = Federations(options.runs)
-        self.claims = ClaimRuns()
-        kinds: list[JobKind] = []
+        kinds: list[ConsoleKind] = []
         if service.fine_tuning is not None:
             kinds.append(FineTuning(service.fine_tuning))
+        if (jobs := service.jobs) is not None:
+            kinds += [Processes(service, jobs, kind) for kind in jobs.kinds.values()]
         self.job_kinds = {kind.name: kind for kind in kinds}
         """What the Jobs page can create and show; empty if the server keeps no jobs."""
 
@@ -43,4 +44,3 @@ class Console:
         finally:
             sampling.cancel()
             await self.conversations.close()
-            await self.claims.close()

@@ -99,17 +99,18 @@ class Federations:
         if not self.folder.is_dir():
             return []
         folders = [path for path in self.folder.iterdir() if (path / "job.json").is_file()]
-        return sorted(map(_read, folders), key=lambda run: run.changed, reverse=True)
+        return sorted(map(read_run, folders), key=lambda run: run.changed, reverse=True)
 
     def get(self, name: str) -> FederationRun:
         """One of them. Raises :class:`UnknownFederation`."""
         folder = self.folder / name
         if name != Path(name).name or not (folder / "job.json").is_file():
             raise UnknownFederation(f"there is no federation {name[:100]!r} in {self.folder}")
-        return _read(folder)
+        return read_run(folder)
 
 
-def _read(folder: Path) -> FederationRun:
+def read_run(folder: Path) -> FederationRun:
+    """The run in a folder with a ``job.json``, as far as it can be read."""
     report = folder / "report.json"
     changed = max(path.stat().st_mtime for path in (folder, folder / "job.json"))
     try:

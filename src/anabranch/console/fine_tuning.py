@@ -12,7 +12,15 @@ from anabranch.api.fine_tuning.reports import ADAPTER, RESULT
 from anabranch.api.fine_tuning.schemas import FineTuningRequest
 from anabranch.api.fine_tuning.service import PURPOSE, FineTuningService, check_upload
 from anabranch.api.fine_tuning.spec import KIND, Spec
-from anabranch.console.jobs import Action, Field, JobKind, JobReport, JobRow, Points, UploadedFile
+from anabranch.console.jobs import (
+    Action,
+    Field,
+    JobReport,
+    JobRow,
+    Points,
+    TakesFiles,
+    UploadedFile,
+)
 from anabranch.console.text import bytes_text
 from anabranch.jobs import Job, StoredFile
 
@@ -22,7 +30,7 @@ MOST_POINTS = 10_000
 _PAGE = 1000
 
 
-class FineTuning(JobKind):
+class FineTuning(TakesFiles):
     """Adapters that are trained beside what is served."""
 
     name = KIND

@@ -1,7 +1,7 @@
 """Long work as the Jobs page sees it, whatever it is.
 
-A kind of job is one :class:`JobKind`: what its form asks, how a request becomes a job, and how a
-job is shown. The page knows nothing else, so that another kind needs no page.
+A kind of job is one :class:`ConsoleKind`: what its form asks, how a request becomes a job, and how
+a job is shown. The page knows nothing else, so that another kind needs no page.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, ClassVar, Literal
+from typing import Any, BinaryIO, Literal
 
 import yaml
 
 from anabranch.console.live import Topic, Unwatch
 from anabranch.console.text import seconds_text
 from anabranch.errors import InvalidRequest
-from anabranch.jobs import FINISHED, Event, State
+from anabranch.jobs import FINISHED, Artefact, Event, State
 
 Points = Sequence[tuple[float, float]]
 Action = Literal["pause", "resume", "cancel"]
@@ -29,12 +29,13 @@ class Field:
     """One question of a form.
 
     ``key`` is its dotted place in the request, as in the YAML and in error messages. ``kind``
-    ``file`` is an uploaded file's id, ``choice`` one of ``choices`` (value -> what is shown).
+    ``file`` is an uploaded file's id, ``choice`` one of ``choices`` (value -> what is shown),
+    ``long`` a text of many lines, ``lines`` a list with one entry a line.
     """
 
     key: str
     label: str
-    kind: Literal["text", "number", "choice", "file"] = "text"
+    kind: Literal["text", "number", "choice", "file", "long", "lines"] = "text"
     hint: str = ""
     choices: Mapping[str, str] = field(default_factory=dict)
     required: bool = False
@@ -77,7 +78,7 @@ class JobRow:
 
 @dataclass(frozen=True)
 class JobReport:
-    """Everything that a job's own page shows. ``curves`` are points ``(step, value)`` by name."""
+    """Everything that a job's own page shows. ``curves`` are losses by name, over ``axis``."""
 
     row: JobRow
     facts: Mapping[str, str]
@@ -88,7 +89,12 @@ class JobReport:
     model: str | None = None
     """The name under which the result answers now."""
     results: Mapping[str, str] = field(default_factory=dict)
-    """What is shown -> the id of a file with it."""
+    """What is shown -> the id of a file with it, of a kind that :class:`TakesFiles`."""
+    axis: str = "step"
+    artefacts: Sequence[Artefact] = ()
+    """Files and folders that stay on the server."""
+    log: str = ""
+    """The end of what its process said."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +107,20 @@ class UploadedFile:
     created: float
 
 
-class JobKind(ABC):
+class ConsoleKind(ABC):
     """A kind of job. Every method may block: pages call them in a thread.
 
     ``owner`` is whose jobs and files are meant: with one, nobody else's are found.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    example: ClassVar[str]
+    name: str
+    title: str
+    example: str
     """A request as YAML, to begin with."""
+    explanation: str = ""
+    """What the form begins with."""
+    refusal: str = ""
+    """Why nobody can create such jobs here; empty if they can."""
 
     def __init__(self) -> None:
         self._topics: dict[tuple[str | None, str | None], Topic[Any]] = {}
@@ -143,18 +153,6 @@ class JobKind(ABC):
     def ask(self, job_id: str, action: Action, owner: str | None) -> None:
         """Pause, resume or cancel it. Raises :class:`ForbiddenTransition`."""
 
-    @abstractmethod
-    def files(self, owner: str | None) -> Sequence[UploadedFile]:
-        """Uploads that a job of this kind may use, newest first."""
-
-    @abstractmethod
-    def upload(self, content: BinaryIO, name: str, owner: str | None) -> UploadedFile:
-        """Keep a file, or raise what is wrong with it: then it is not kept."""
-
-    @abstractmethod
-    def download(self, file_id: str, owner: str | None) -> bytes:
-        """What a job has left behind."""
-
     def watch_rows(self, owner: str | None, watcher: Callable[[Sequence[JobRow]], None]) -> Unwatch:
         """Show a list as it changes; all tabs of an owner share the reading."""
         topic = self._topic((owner, None), lambda: self.rows(owner))
@@ -172,6 +170,22 @@ class JobKind(ABC):
         if key not in self._topics:
             self._topics[key] = Topic(lambda: asyncio.to_thread(read))
         return self._topics[key]
+
+
+class TakesFiles(ConsoleKind):
+    """A kind whose jobs use files that people upload, and leave files to download."""
+
+    @abstractmethod
+    def files(self, owner: str | None) -> Sequence[UploadedFile]:
+        """Uploads that a job of this kind may use, newest first."""
+
+    @abstractmethod
+    def upload(self, content: BinaryIO, name: str, owner: str | None) -> UploadedFile:
+        """Keep a file, or raise what is wrong with it: then it is not kept."""
+
+    @abstractmethod
+    def download(self, file_id: str, owner: str | None) -> bytes:
+        """What a job has left behind."""
 
 
 def read_yaml(text: str) -> dict[str, Any]:
@@ -203,4 +217,16 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_yaml(request: Mapping[str, Any]) -> str:
     """A request as the YAML that :func:`read_yaml` reads."""
-    return str(yaml.safe_dump(dict(request), sort_keys=False, allow_unicode=True))
+    return str(yaml.dump(dict(request), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of many lines are written as they are."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)

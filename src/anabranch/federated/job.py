@@ -235,8 +235,9 @@ class FederateJob(Section):
     tree: Annotated[int | None, Field(ge=2)] = None
     """Inputs of each aggregator; null: all clients send to the coordinator."""
     devices: Literal["equal", "log_uniform"] = "equal"
-    runtime: Literal["simulation", "processes"] = "simulation"
-    """Sites one after the other in virtual time, or in ``workers`` processes of this machine."""
+    runtime: Literal["simulation", "processes", "flower"] = "simulation"
+    """Sites one after the other in virtual time, in ``workers`` processes of this machine, or on
+    SuperNodes of Flower here."""
     workers: Count | None = None
     evaluate_every: Count = 1
     secure: SecureSum | None = None
@@ -303,6 +304,10 @@ class FederateJob(Section):
         """Where the sites work. Nothing is started yet."""
         if self.runtime == "processes":
             return Processes(sites, model, self.workers or 2)
+        if self.runtime == "flower":
+            raise ConfigurationError(
+                "runtime: flower begins in an app of Flower, not here; running.federate starts one"
+            )
         return Simulation(sites, model, strict=False)
 
     def make_topology(self, clients: Sequence[str]) -> Topology:
@@ -320,10 +325,10 @@ class FederateJob(Section):
             raise ValueError("publish serves adapters; the recipe trains all weights")
         if self.secure is not None and self.tree is not None:
             raise ValueError("tree: the sites of a secure sum send to the coordinator only")
-        if self.runtime == "processes" and self.devices != "equal":
+        if self.runtime != "simulation" and self.devices != "equal":
             raise ValueError("devices are simulated speeds; processes are as fast as they are")
-        if self.runtime == "simulation" and self.workers is not None:
-            raise ValueError("workers are for runtime: processes; simulation runs in one process")
+        if self.runtime != "processes" and self.workers is not None:
+            raise ValueError(f"workers are for runtime: processes; {self.runtime} has none")
         if self.error_feedback and not self.codec:
             raise ValueError("error_feedback corrects a codec; none is given")
         if self.keep_versions and self.recipe.adapter.method in ALL_WEIGHTS:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from anabranch.errors import ConfigurationError
 from anabranch.federated.categories import category_losses
 from anabranch.federated.coordinator import Coordinator
@@ -54,12 +56,12 @@ def federate(
 
     Raises :class:`ConfigurationError` if the folder holds another job.
     """
+    if job.runtime == "flower":
+        from anabranch.federated.runtimes.flower import jobs  # says so if Flower is missing
+
+        return jobs.federate(job, folder, progress)
     claim(folder, job)
-    progress("reading data", 0.0)
-    prepared = prepare(job.recipe, progress)
-    setup = Setup.of(job.recipe, load_base(job.recipe, progress), prepared)
-    items = setup.objective.prepare(setup.train).items
-    parts = job.clients.divide([item[0].task for item in items], job.seed)
+    setup, items, parts = deal(job, progress)
     devices = job.make_devices(len(parts))
     sites = [
         Site(name, [items[index] for index in part], device)
@@ -67,6 +69,17 @@ def federate(
     ]
     runtime = job.make_runtime(sites, setup.model)
     return run_job(job, folder, setup, items, runtime, list(parts), progress, observe)
+
+
+def deal(
+    job: FederateJob, progress: Progress = silent
+) -> tuple[Setup, Sequence[Item], Mapping[str, np.ndarray]]:
+    """Base and data of a job, the examples to train on, and which of them each client has."""
+    progress("reading data", 0.0)
+    prepared = prepare(job.recipe, progress)
+    setup = Setup.of(job.recipe, load_base(job.recipe, progress), prepared)
+    items = setup.objective.prepare(setup.train).items
+    return setup, items, job.clients.divide([item[0].task for item in items], job.seed)
 
 
 def run_job(

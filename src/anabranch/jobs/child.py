@@ -22,6 +22,9 @@ from anabranch.models.progress import PROGRESS_FILE
 GRACE_SECONDS = 30.0
 """Between the request to stop and the end, in which a checkpoint is written."""
 
+NICENESS = 10
+"""Jobs give way to what is served beside them."""
+
 _LOG_TAIL = 2000
 
 
@@ -61,6 +64,9 @@ class Child:
             raise
         finally:
             os.close(inner)
+        niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.setpriority(os.PRIO_PGRP, self._process.pid, niceness)
 
     @property
     def seconds(self) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
 
 from anabranch.federated.errors import FederationError
 
@@ -19,6 +20,8 @@ class LocalGrid(Grid):
     """
 
     def __init__(self, nodes, answer, slow=0) -> None:
+        # What Flower's own processes know of themselves; messages cannot be made without.
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.there = list(nodes)
         self.answer = answer
         self.slow = slow

@@ -52,7 +52,7 @@ def test_the_runtime_is_a_key_of_the_job(file: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["runtime=threads"], "'simulation' or 'processes'"),
+        (["runtime=threads"], "'simulation', 'processes' or 'flower'"),
         (["workers=2"], "workers are for runtime: processes"),
         (["runtime=processes", "workers=0"], "workers"),
         (["runtime=processes", "devices=log_uniform"], "as fast as they are"),

@@ -15,7 +15,8 @@ from anabranch.training.options import Checkpoints, TrainOptions
 if TYPE_CHECKING:
     from anabranch.adapters import MethodInfo
 
-KIND = "finetune"
+KIND = "fine_tuning"
+"""Of jobs beside what is served; ``finetune`` are recipes, processes of their own."""
 
 BASE_LR = 2e-4
 """The learning rate that ``learning_rate_multiplier`` multiplies: Dettmers et al., QLoRA (2023),

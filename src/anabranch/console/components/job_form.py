@@ -14,7 +14,15 @@ from anabranch.api.routes.files import plain_name
 from anabranch.console.components.file_picker import FilePicker
 from anabranch.console.components.frame import button
 from anabranch.console.components.pieces import Notice
-from anabranch.console.jobs import Field, JobKind, UploadedFile, nested, read_yaml, write_yaml
+from anabranch.console.jobs import (
+    ConsoleKind,
+    Field,
+    TakesFiles,
+    UploadedFile,
+    nested,
+    read_yaml,
+    write_yaml,
+)
 from anabranch.console.text import bytes_text
 from anabranch.errors import AnabranchError, InvalidRequest
 
@@ -30,7 +38,7 @@ class JobForm:
 
     def __init__(
         self,
-        kind: JobKind,
+        kind: ConsoleKind,
         owner: str | None,
         fields: Sequence[Field],
         created: Callable[[str], None],
@@ -41,10 +49,14 @@ class JobForm:
         self._inputs: dict[str, Any] = {}
         self._touched: set[str] = set()
         self._problems: Mapping[str, str] = {}
+        self._checks = 0
         self._from_form = ""
         self._created = created
         with ui.element("div").classes("stack"):
-            self._make_upload()
+            if kind.explanation:
+                ui.label(kind.explanation).classes("dim")
+            if isinstance(kind, TakesFiles):
+                self._make_upload(kind)
             with ui.tabs().props("no-caps align=left") as self._tabs:
                 ui.tab("form", "Form").mark("form-tab")
                 ui.tab("yaml", "YAML").mark("yaml-tab")
@@ -60,8 +72,11 @@ class JobForm:
                 self._start = button("Start", "", "main").mark("start")
                 self._start.on_click(self._create)
 
-    def _make_upload(self) -> None:
-        FilePicker("Upload a file", "JSON lines; or drop it here.", self._uploaded).mark("upload")
+    def _make_upload(self, kind: TakesFiles) -> None:
+        async def uploaded(event: events.UploadEventArguments) -> None:
+            await self._uploaded(kind, event)
+
+        FilePicker("Upload a file", "JSON lines; or drop it here.", uploaded).mark("upload")
         self._upload_notice = Notice()
 
     def _make_input(self, field: Field) -> Any:
@@ -79,6 +94,10 @@ class JobForm:
                 made.props("use-input input-debounce=0")
         elif field.kind == "number":
             made = ui.number(label, validation=check).props(f"debounce={CHECK_AFTER_MS}")
+        elif field.kind in ("long", "lines"):
+            made = ui.textarea(label, validation=check)
+            made.props(f"autogrow debounce={CHECK_AFTER_MS} spellcheck=false")
+            made.classes("code").style("grid-column: 1 / -1")
         else:
             made = ui.input(label, validation=check).props(f"debounce={CHECK_AFTER_MS}")
         made.props("outlined dense").mark(field.key)
@@ -95,17 +114,22 @@ class JobForm:
         self._yaml.on_value_change(self._check_yaml)
 
     def _form_request(self) -> dict[str, Any]:
-        return nested({key: _plain(each.value) for key, each in self._inputs.items()})
+        values = {key: _plain(self._fields[key], each.value) for key, each in self._inputs.items()}
+        return nested(values)
 
-    def _check_form(self, key: str) -> None:
+    async def _check_form(self, key: str) -> None:
         """Errors beside the fields that were filled in; what is empty may still be."""
         self._touched.add(key)
         self._notice.clear()
-        self._mark()
+        await self._mark()
 
-    def _mark(self) -> None:
-        """Show at each field what is wrong with it."""
-        self._show_problems(self._kind.problems(self._form_request()))
+    async def _mark(self) -> None:
+        """Show at each field what is wrong with it, unless that has changed meanwhile."""
+        self._checks += 1
+        check, request = self._checks, self._form_request()
+        problems = await asyncio.to_thread(self._kind.problems, request)
+        if check == self._checks:
+            self._show_problems(problems)
 
     def _show_problems(self, problems: Mapping[str, str]) -> None:
         self._problems = problems
@@ -116,15 +140,23 @@ class JobForm:
         """What is wrong with a field, if it was filled in."""
         return self._problems.get(key) if key in self._touched else None
 
-    def _check_yaml(self) -> None:
+    async def _check_yaml(self) -> None:
+        self._checks += 1
+        check = self._checks
+        wrong: AnabranchError | None = None
         try:
-            self._kind.check(read_yaml(self._yaml.value or ""))
+            request = read_yaml(self._yaml.value or "")
+            await asyncio.to_thread(self._kind.check, request)
         except AnabranchError as error:
-            self._notice.wrong(error)
+            wrong = error
+        if check != self._checks:
+            return
+        if wrong is not None:
+            self._notice.wrong(wrong)
         else:
             self._notice.right(CORRECT)
 
-    def _switched(self) -> None:
+    async def _switched(self) -> None:
         """The YAML begins as what the form says, or as an example."""
         self._notice.clear()
         if self._tabs.value != "yaml":
@@ -133,16 +165,17 @@ class JobForm:
             request = self._form_request()
             self._from_form = write_yaml(request) if request else self._kind.example
             self._yaml.value = self._from_form
-        self._check_yaml()
+        await self._check_yaml()
 
     async def _create(self) -> None:
+        self._checks += 1  # what a check finds from now on is said already
         self._notice.clear()
         try:
             if self._tabs.value == "yaml":
                 request = read_yaml(self._yaml.value or "")
             else:
                 self._touched = set(self._inputs)
-                self._mark()
+                await self._mark()
                 request = self._form_request()
             self._start.disable()
             job_id = await asyncio.to_thread(self._kind.create, request, self._owner)
@@ -162,22 +195,22 @@ class JobForm:
         self._show_problems({error.field: str(error).removeprefix(f"{error.field}: ")})
         self._notice.wrong(f"{self._fields[error.field].label}: see above")
 
-    async def _uploaded(self, event: events.UploadEventArguments) -> None:
+    async def _uploaded(self, kind: TakesFiles, event: events.UploadEventArguments) -> None:
         self._upload_notice.clear()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "upload"
             await event.file.save(path)
             try:
-                file = await asyncio.to_thread(self._keep, path, plain_name(event.file.name))
+                file = await asyncio.to_thread(self._keep, kind, path, plain_name(event.file.name))
             except AnabranchError as error:
                 self._upload_notice.wrong(f"{event.file.name} was not kept. {error}")
                 return
         await self._offer(file)
         self._upload_notice.right(f"{file.name} is here: {bytes_text(file.size)}.")
 
-    def _keep(self, path: Path, name: str) -> UploadedFile:
+    def _keep(self, kind: TakesFiles, path: Path, name: str) -> UploadedFile:
         with path.open("rb") as content:
-            return self._kind.upload(content, name, self._owner)
+            return kind.upload(content, name, self._owner)
 
     async def _offer(self, file: UploadedFile) -> None:
         """The new file is among the choices, and the one to train on."""
@@ -189,6 +222,8 @@ class JobForm:
                 chosen.set_options(dict(field.choices), value=value)
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of a field without a fraction are whole."""
+def _plain(field: Field, value: Any) -> Any:
+    """Numbers of a field without a fraction are whole; an entry of a list is a line with text."""
+    if field.kind == "lines":
+        return [line.strip() for line in (value or "").splitlines() if line.strip()] or None
     return int(value) if isinstance(value, float) and value.is_integer() else value

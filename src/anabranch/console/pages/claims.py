@@ -9,16 +9,21 @@ from collections.abc import Sequence
 from nicegui import ui
 from starlette.requests import Request
 
-from anabranch.console.claims import ClaimRow, ClaimRun
+from anabranch.console.claims import ClaimRow, claim_rows
 from anabranch.console.components.chart import Chart
 from anabranch.console.components.frame import button, frame, heading
+from anabranch.console.components.job_list import JobList
 from anabranch.console.components.pieces import Badge, Notice, facts, row, table
 from anabranch.console.console import Console
+from anabranch.console.jobs import ConsoleKind, JobRow
 from anabranch.console.pages.access import page, root_path, until_left
+from anabranch.console.pages.jobs import KEEPS_NONE
+from anabranch.console.processes import EVALUATE
 from anabranch.console.sessions import Visitor
 from anabranch.console.text import ago_iso_text, seconds_text
 from anabranch.errors import AnabranchError
 from anabranch.evaluation.plotting import Plot
+from anabranch.jobs import FINISHED
 
 EXPLANATION = (
     "Each claim runs a published method against its baseline on this machine; the threshold was "
@@ -32,18 +37,18 @@ def register(console: Console) -> None:
 
     @page(console, "/claims")
     async def claims(request: Request, visitor: Visitor) -> None:
-        rows = await asyncio.to_thread(console.claims.rows)
+        rows = await asyncio.to_thread(claim_rows)
         with frame(console, "claims", "Claims"):
             with heading("Claims", f"{EXPLANATION} {_summary(rows)}"):
                 pass
             with ui.element("div").classes("stack"):
-                _show_running(console)
+                await _show_measurements(console.job_kinds.get(EVALUATE), visitor)
                 with ui.element("div").classes("card"):
                     _show_table(rows)
 
     @page(console, "/claims/{claim_id}")
     async def claim(request: Request, visitor: Visitor) -> None:
-        rows = await asyncio.to_thread(console.claims.rows)
+        rows = await asyncio.to_thread(claim_rows)
         wanted = request.path_params["claim_id"]
         found = next((each for each in rows if each.claim.id == wanted), None)
         with frame(console, "claims", wanted if found else "Claims"):
@@ -52,7 +57,7 @@ def register(console: Console) -> None:
                 with heading("Claims", "There is no such claim; the Claims page lists them all."):
                     pass
                 return
-            _show_claim(console, found)
+            await _show_claim(console.job_kinds.get(EVALUATE), visitor, found)
 
 
 def _show_table(rows: Sequence[ClaimRow]) -> None:
@@ -82,27 +87,19 @@ def _summary(rows: Sequence[ClaimRow]) -> str:
     )
 
 
-def _show_running(console: Console) -> None:
-    """The claim that is being measured, whatever page began it."""
-    box = ui.element("div").classes("card stack")
-    with box:
-        RunView(console)
-    box.set_visibility(console.claims.busy)
-
-    def show(run: ClaimRun) -> None:
-        box.set_visibility(True)  # also what it ended with
-
-    until_left(console.claims.watchers.add(show))
-
-
-def _show_claim(console: Console, found: ClaimRow) -> None:
+async def _show_claim(kind: ConsoleKind | None, visitor: Visitor, found: ClaimRow) -> None:
     claim, newest = found.claim, found.newest
+    refusal = KEEPS_NONE if kind is None else kind.refusal
     with heading(f"{claim.id} {claim.system}"):
         Badge(found.verdict)
-        again = button("Measure again" if newest else "Measure", "again", "main").mark("measure")
+        if kind is not None and not refusal:
+            again = button("Measure again" if newest else "Measure", "again", "main")
+            again.mark("measure").on_click(lambda: measure(kind))
     with ui.element("div").classes("stack"):
         notice = Notice()
-        RunView(console, claim.id)
+        if refusal:
+            ui.label(f"It cannot be measured from here. {refusal}").classes("dim")
+        await _show_measurements(kind, visitor)
         with ui.element("div").classes("card"):
             told = {
                 "The paper says": claim.paper,
@@ -124,14 +121,15 @@ def _show_claim(console: Console, found: ClaimRow) -> None:
                         _chart(plot)
             _show_figures(found)
 
-    async def measure() -> None:
+    async def measure(kind: ConsoleKind) -> None:
         notice.clear()
         try:
-            await console.claims.start(claim.id)
+            request = {"claims": [claim.id]}
+            job_id = await asyncio.to_thread(kind.create, request, visitor.owner)
         except AnabranchError as error:
             notice.wrong(error)
-
-    again.on_click(measure)
+        else:
+            ui.navigate.to(f"/jobs/{kind.name}/{job_id}")
 
 
 def _show_figures(found: ClaimRow) -> None:
@@ -168,36 +166,24 @@ def _ends(plot: Plot) -> list[float]:
     return [min(xs), max(xs)] if xs else []
 
 
-class RunView:
-    """A measurement as it goes on: of one claim, or of any."""
+class Measurements:
+    """The visitor's measurements that wait or run, as links to their jobs."""
 
-    def __init__(self, console: Console, claim_id: str | None = None) -> None:
-        self._console = console
-        self._claim_id = claim_id
+    def __init__(self, kind: ConsoleKind, owner: str | None, rows: Sequence[JobRow]) -> None:
         with ui.element("div").classes("stack") as self._box:
-            with ui.element("div").classes("across"):
-                self._badge = Badge("running")
-                self._title = ui.label().style("font-weight: 600")
-                ui.element("div").classes("grow")
-                self._stop = button("Stop", "stop", "danger").mark("stop-claim")
-                self._stop.on_click(console.claims.stop)
-                self._look = button("Show the result", "", "main")
-                self._look.on_click(lambda: ui.navigate.reload())
-            self._lines = ui.label().classes("lines").props('role=log aria-label="Progress"')
-            self._lines.props("tabindex=0")
-        if console.claims.current is not None and (console.claims.busy or claim_id is None):
-            self.show(console.claims.current)
-        else:
-            self._box.set_visibility(False)
-        until_left(console.claims.watchers.add(self.show))
+            with ui.element("h2"):
+                ui.label("Being measured")
+            self._list = JobList([], root_path(), "")
+        self.show(rows)
+        until_left(kind.watch_rows(owner, self.show))
 
-    def show(self, run: ClaimRun) -> None:
+    def show(self, rows: Sequence[JobRow]) -> None:
         """Bring it up to date."""
-        if self._claim_id not in (None, run.id):
-            return
-        self._box.set_visibility(True)
-        self._badge.show(run.state)
-        self._title.text = f"Measuring {run.id}" if run.state == "running" else run.id
-        self._lines.text = "\n".join(run.lines[-12:]) or "starting …"
-        self._stop.set_visibility(run.state == "running")
-        self._look.set_visibility(run.state == "finished" and self._claim_id is not None)
+        unfinished = [row for row in rows if row.state not in FINISHED]
+        self._box.set_visibility(bool(unfinished))
+        self._list.show(unfinished)
+
+
+async def _show_measurements(kind: ConsoleKind | None, visitor: Visitor) -> None:
+    if kind is not None:
+        Measurements(kind, visitor.owner, await asyncio.to_thread(kind.rows, visitor.owner))

@@ -10,14 +10,14 @@ from starlette.requests import Request
 
 from anabranch.console.components.chart import Chart
 from anabranch.console.components.frame import button, frame, heading
-from anabranch.console.components.pieces import Badge, Bar, Notice, empty, facts
+from anabranch.console.components.pieces import Badge, Bar, Notice, empty, facts, row, table
 from anabranch.console.console import Console
-from anabranch.console.jobs import Action, JobKind, JobReport
+from anabranch.console.jobs import Action, ConsoleKind, JobReport, TakesFiles
 from anabranch.console.pages.access import page, until_left
 from anabranch.console.sessions import Visitor
-from anabranch.console.text import ago_text, clock_text
+from anabranch.console.text import NONE, ago_text, bytes_text, clock_text
 from anabranch.errors import AnabranchError
-from anabranch.jobs import Event
+from anabranch.jobs import Artefact, Event
 
 ACTIONS: dict[Action, tuple[str, str]] = {
     "pause": ("Pause", "plain"),
@@ -52,11 +52,12 @@ def register(console: Console) -> None:
 class JobView:
     """A job's page, brought up to date about once a second."""
 
-    def __init__(self, kind: JobKind, owner: str | None, report: JobReport) -> None:
+    def __init__(self, kind: ConsoleKind, owner: str | None, report: JobReport) -> None:
         self._kind = kind
         self._owner = owner
         self._id = report.row.id
         self._shown_facts: dict[str, str] = {}
+        self._shown_artefacts: Sequence[Artefact] = ()
         self._newest_event = 0
         self._model = ""
         with heading(report.row.title):
@@ -70,29 +71,43 @@ class JobView:
                 self._bar = Bar("Progress", report.row.fraction)
                 self._line = ui.label().classes("number").mark("progress")
                 self._facts = ui.element("div")
-            with ui.element("div").classes("card"):
-                self._chart = Chart("Loss", {}, x_label="step")
+            with ui.element("div").classes("card") as self._chart_card:
+                self._chart = Chart("Loss", {}, x_label=report.axis)
             self._results = ui.element("div").classes("across")
+            with ui.element("div").classes("card stack") as self._artefacts_card:
+                with ui.element("h2"):
+                    ui.label("Artefacts")
+                with table(("name", "size", "SHA-256"), "Artefacts") as self._artefacts:
+                    pass
             with ui.element("div").classes("card stack"):
                 with ui.element("h2"):
                     ui.label("Events")
                 self._events = ui.element("div").classes("events")
                 self._events.props('tabindex=0 role=region aria-label="Events, newest first"')
+            with ui.element("div").classes("card stack") as self._log_card:
+                with ui.element("h2"):
+                    ui.label("Log")
+                self._log = ui.label().classes("lines").mark("log")
+                self._log.props('tabindex=0 role=region aria-label="The end of the log"')
         self.show(report)
 
     def show(self, report: JobReport) -> None:
         """Bring it up to date; nothing is sent for what is as it was."""
-        row = report.row
-        self._badge.show(row.state)
+        job = report.row
+        self._badge.show(job.state)
         for action, made in self._buttons.items():
-            made.set_visibility(action in row.actions)
-        self._bar.show(row.fraction)
-        self._line.text = row.progress
+            made.set_visibility(action in job.actions)
+        self._bar.show(job.fraction)
+        self._line.text = job.progress
         self._chart.show(report.curves)
+        self._chart_card.set_visibility(bool(report.curves))
+        self._log.text = report.log
+        self._log_card.set_visibility(bool(report.log))
         if report.error:
             self._notice.wrong(f"{report.error}. The events below say what led to it.")
         self._show_facts(report)
         self._show_results(report)
+        self._show_artefacts(report.artefacts)
         self._show_events(report.events)
 
     def _show_facts(self, report: JobReport) -> None:
@@ -105,13 +120,27 @@ class JobView:
     def _show_results(self, report: JobReport) -> None:
         self._model = report.model or ""
         self._chat.set_visibility(report.model is not None)
+        kind = self._kind
+        if not isinstance(kind, TakesFiles):
+            return
         if len(self._results.default_slot.children) == len(report.results):
             return
         self._results.clear()
         with self._results:
             for name, file_id in report.results.items():
                 download = button(f"Download: {name}", "", "plain").mark("download")
-                download.on_click(lambda file_id=file_id: self._download(file_id))
+                download.on_click(lambda file_id=file_id: self._download(kind, file_id))
+
+    def _show_artefacts(self, artefacts: Sequence[Artefact]) -> None:
+        self._artefacts_card.set_visibility(bool(artefacts))
+        if artefacts == self._shown_artefacts:
+            return
+        self._shown_artefacts = artefacts
+        self._artefacts.clear()
+        with self._artefacts:
+            for each in artefacts:
+                digest = each.sha256 or NONE
+                row(each.name, bytes_text(each.size), digest, classes=("break", "nowrap", "break"))
 
     def _show_events(self, events: Sequence[Event]) -> None:
         fresh = [event for event in events if event.sequence > self._newest_event]
@@ -140,9 +169,9 @@ class JobView:
             for made in self._buttons.values():
                 made.enable()
 
-    async def _download(self, file_id: str) -> None:
+    async def _download(self, kind: TakesFiles, file_id: str) -> None:
         try:
-            content = await asyncio.to_thread(self._kind.download, file_id, self._owner)
+            content = await asyncio.to_thread(kind.download, file_id, self._owner)
         except (AnabranchError, OSError) as error:
             self._notice.wrong(f"the file cannot be read: {error}")
             return

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from nicegui import ui
 from starlette.requests import Request
 
 from anabranch.console.components.frame import button, frame, heading
 from anabranch.console.components.job_form import JobForm
-from anabranch.console.components.pieces import Badge, Bar, empty
+from anabranch.console.components.job_list import JobList
+from anabranch.console.components.pieces import empty
 from anabranch.console.console import Console
-from anabranch.console.jobs import JobKind, JobRow
+from anabranch.console.jobs import ConsoleKind, TakesFiles
 from anabranch.console.pages import job
 from anabranch.console.pages.access import page, root_path, until_left
 from anabranch.console.sessions import Visitor
-from anabranch.console.text import ago_text
 
-NO_JOBS = "Upload a file of examples and press New job: the model learns while it serves."
+NO_JOBS = "Press New job: what is wrong is said before it starts."
+NO_JOBS_WITH_FILES = (
+    "Upload a file of examples and press New job: the model learns while it serves."
+)
 KEEPS_NONE = "This server keeps no jobs. One that was started with anabranch up does."
 
 
@@ -34,73 +37,63 @@ def register(console: Console) -> None:
                     pass
                 empty("No jobs here", KEEPS_NONE)
                 return
+            open_ones = [kind for kind in console.job_kinds.values() if not kind.refusal]
+            wanted = request.query_params.get("new")
+            if wanted == "" and open_ones:
+                wanted = open_ones[0].name
             for kind in console.job_kinds.values():
-                await _show_kind(kind, visitor.owner, opened="new" in request.query_params)
+                await _show_kind(kind, visitor.owner, opened=kind.name == wanted)
+            _show_refusals(console.job_kinds.values())
 
 
-async def _show_kind(kind: JobKind, owner: str | None, opened: bool) -> None:
-    fields, rows = await asyncio.gather(
-        asyncio.to_thread(kind.fields, owner), asyncio.to_thread(kind.rows, owner)
-    )
+async def _show_kind(kind: ConsoleKind, owner: str | None, opened: bool) -> None:
+    rows = await asyncio.to_thread(kind.rows, owner)
+    if kind.refusal and not rows:
+        return
     with heading(kind.title):
-        new = button("New job", "plus", "main").mark("new-job")
+        if not kind.refusal:
+            new = button("New job", "plus", "main").mark(f"new-{kind.name}")
+    if not kind.refusal:
+        form = NewJob(kind, owner)
+        new.on_click(form.toggle)
+        if opened:
+            await form.toggle()
     root = root_path()
-
-    def created(job_id: str) -> None:
-        ui.navigate.to(f"/jobs/{kind.name}/{job_id}")
-
-    with ui.element("section").classes("card").style("margin-bottom: 20px") as panel:
-        panel.props('aria-label="New job"')
-        JobForm(kind, owner, fields, created)
-    panel.set_visibility(opened)
-    new.on_click(lambda: panel.set_visibility(not panel.visible))
-    shown = JobList(rows, root)
+    none = NO_JOBS_WITH_FILES if isinstance(kind, TakesFiles) else NO_JOBS
+    shown = JobList(rows, root, none)
     until_left(kind.watch_rows(owner, shown.show))
 
 
-class JobList:
-    """The newest jobs. A job that goes on changes in place."""
+def _show_refusals(kinds: Iterable[ConsoleKind]) -> None:
+    """Why some kinds cannot be started here, each reason once."""
+    titles: dict[str, list[str]] = {}
+    for kind in kinds:
+        if kind.refusal:
+            titles.setdefault(kind.refusal, []).append(kind.title)
+    for refusal, refused in titles.items():
+        empty(", ".join(refused), refusal)
 
-    def __init__(self, rows: Sequence[JobRow], root: str) -> None:
-        self._root = root
-        self._items: dict[str, JobItem] = {}
-        self._box = ui.element("div").classes("stack")
-        self._fill(rows)
 
-    def show(self, rows: Sequence[JobRow]) -> None:
-        """Bring it up to date."""
-        if [row.id for row in rows] != list(self._items):
-            self._fill(rows)
+class NewJob:
+    """The form for a new job, which is made when it is opened for the first time."""
+
+    def __init__(self, kind: ConsoleKind, owner: str | None) -> None:
+        self._kind = kind
+        self._owner = owner
+        self._made = False
+        self._panel = ui.element("section").classes("card").style("margin-bottom: 20px")
+        self._panel.props(f'aria-label="New job: {kind.title}"')
+        self._panel.set_visibility(False)
+
+    async def toggle(self) -> None:
+        """Open it, or close it with what is written in it."""
+        self._panel.set_visibility(not self._panel.visible)
+        if self._made:
             return
-        for row in rows:
-            self._items[row.id].show(row)
+        self._made = True
+        fields = await asyncio.to_thread(self._kind.fields, self._owner)
+        with self._panel:
+            JobForm(self._kind, self._owner, fields, self._created)
 
-    def _fill(self, rows: Sequence[JobRow]) -> None:
-        self._box.clear()
-        with self._box:
-            self._items = {row.id: JobItem(row, self._root) for row in rows}
-            if not rows:
-                empty("No jobs yet", NO_JOBS)
-
-
-class JobItem:
-    """A job in the list, as a link to its page."""
-
-    def __init__(self, row: JobRow, root: str) -> None:
-        with ui.element("a").classes("card job-item") as link:
-            link._props["href"] = f"{root}/jobs/{row.kind}/{row.id}"
-            with ui.element("div").classes("across"):
-                ui.label(row.title).classes("job-title break")
-                self._badge = Badge(row.state)
-                ui.element("div").classes("grow")
-                self._created = ui.label().classes("dim small")
-            self._bar = Bar("Progress", row.fraction)
-            self._line = ui.label().classes("dim small number")
-        self.show(row)
-
-    def show(self, row: JobRow) -> None:
-        """Bring it up to date; nothing is sent unless it changed."""
-        self._badge.show(row.state)
-        self._bar.show(row.fraction)
-        self._created.text = ago_text(row.created)
-        self._line.text = row.progress
+    def _created(self, job_id: str) -> None:
+        ui.navigate.to(f"/jobs/{self._kind.name}/{job_id}")

@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Literal
 
 from torch import Tensor
 
+from anabranch.closing import Closing
 from anabranch.errors import ConfigurationError
 from anabranch.federated.aggregation.mean import Mean
 from anabranch.federated.aggregation.tree.agent import Agent
@@ -43,7 +43,7 @@ class Node:
     load: Ewma = field(default_factory=Ewma)
 
 
-class Hierarchy:
+class Hierarchy(Closing):
     """Aggregates rounds of updates on one or several nodes.
 
     ``capacity`` maps node names to the updates that each can take at once; a number of nodes gives
@@ -147,17 +147,6 @@ class Hierarchy:
         for node in self.nodes.values():
             node.agent.close()
             node.store.close()
-
-    def __enter__(self) -> Hierarchy:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _desk(self) -> Round:
         if self.round is None or self.round.over:

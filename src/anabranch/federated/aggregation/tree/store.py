@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
+from anabranch.closing import Closing
 from anabranch.errors import ConfigurationError
 from anabranch.federated.errors import FederationError, StoreFull
 from anabranch.federated.runtimes.processes.segments import Segments, new_key, write_all
@@ -25,7 +25,7 @@ class _Object:
     sealed: bool = False
 
 
-class SharedStore:
+class SharedStore(Closing):
     """Objects of one node; whoever has a key finds the object without a copy.
 
     An object is written once, then *sealed*: nobody changes it any more. It is freed when the last
@@ -124,17 +124,6 @@ class SharedStore:
         """Free everything."""
         self._objects.clear()
         self.segments.close()
-
-    def __enter__(self) -> SharedStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _reserve(self, key: bytes, size: int) -> None:
         if size > self.capacity:

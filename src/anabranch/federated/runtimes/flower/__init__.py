@@ -1,11 +1,11 @@
 """Flower (flwr) as a runtime: the federation's loop in a ServerApp, its clients on SuperNodes."""
 
-from anabranch.errors import MissingExtra
+from anabranch.federated.runtimes.flower.missing import FlowerMissing
 
 try:
     import flwr as _flwr  # noqa: F401
 except ImportError:
-    raise MissingExtra("flwr", "flower") from None
+    raise FlowerMissing from None
 
 from anabranch.federated.runtimes.flower.apps import client_app
 from anabranch.federated.runtimes.flower.deployment import Deployment

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from anabranch.federated.runtimes.flower.letter import RECORD, VALUE
-from anabranch.federated.runtimes.flower.resident import Resident
+from anabranch.federated.runtimes.flower.resident import Resident, check_site
 from anabranch.models.cache import root
 
 
@@ -23,6 +23,7 @@ def client_app(site: str) -> ClientApp:
 
         client = client_app("hospital.federation:site")
     """
+    check_site(site)
     app = ClientApp()
 
     @app.query()

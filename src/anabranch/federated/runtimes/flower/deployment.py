@@ -7,8 +7,7 @@ same ones.
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
+import contextlib
 import json
 import os
 import signal
@@ -16,28 +15,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from anabranch.errors import ConfigurationError
 from anabranch.federated.errors import FederationError
+from anabranch.federated.runtimes.flower.keys import make_certificate, make_key
 from anabranch.federated.runtimes.flower.resident import stop_residents
-from anabranch.federated.runtimes.network.certificate import write_private
 from anabranch.files import write_json, write_text
 
 HOST = "127.0.0.1"
 START_S = 60.0
 """How long a SuperLink may take until it listens."""
 STOP_S = 10.0
-DAYS = 3650
-LOOK_S = 2.0
+LOOK_S = 5.0
 """How often Flower is asked how a run is."""
 
 Settings = Mapping[str, str | int | float | bool]
@@ -94,9 +89,13 @@ class Deployment:
         answer = self._flwr("list", "here", "--run-id", str(run))
         return str(answer["runs"][0]["status"])
 
-    def wait(self, run: int) -> None:
-        """Until a run is over. Raises :class:`FederationError` if it did not end well."""
+    def wait(self, run: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Until a run is over; every now and then call ``meanwhile``.
+
+        Raises :class:`FederationError` if it did not end well.
+        """
         while not (status := self.status(run)).startswith("finished"):
+            meanwhile()
             for process in self.processes:
                 self._check(process)
             time.sleep(LOOK_S)
@@ -117,48 +116,46 @@ class Deployment:
     def _start_all(self) -> None:
         port = _free_port()
         address = f"{HOST}:{port}"
-        connection = {"address": address, **({"insecure": True} if self.insecure else {})}
+        connection: dict[str, Any] = {"address": address, "insecure": True}
         serving, joining = ["--insecure"], ["--insecure"]
         if not self.insecure:
             certificate, key = self.folder / "certificate.pem", self.folder / "key.pem"
             if not certificate.exists():
-                _make_certificate(certificate, key)
-            files = ["--ssl-certfile", certificate, "--ssl-keyfile", key]
-            serving = [*map(str, files), "--ssl-ca-certfile", str(certificate)]
-            serving += ["--enable-supernode-auth"]
+                make_certificate(certificate, key, HOST)
+            connection = {"address": address, "root-certificates": str(certificate)}
+            serving = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+            serving += ["--ssl-ca-certfile", str(certificate), "--enable-supernode-auth"]
             joining = ["--root-certificates", str(certificate)]
-            connection["root-certificates"] = str(certificate)
+        here = _toml(connection, between="\n")
         write_text(
             self.folder / "home" / "config.toml",
-            f'[superlink]\ndefault = "here"\n\n[superlink.here]\n{_toml(connection, chr(10))}\n',
+            f'[superlink]\ndefault = "here"\n\n[superlink.here]\n{here}\n',
         )
-        self._start(
-            "superlink",
-            ["superlink", "--host", HOST, "--port", str(port), *serving]
-            + ["--disable-runtime-dependency-installation"],
-        )
+        serving += ["--host", HOST, "--port", str(port)]
+        # Otherwise each run would ask the internet for the app's dependencies.
+        serving += ["--disable-runtime-dependency-installation"]
+        self._start("superlink", "superlink", *serving)
         self._wait_for(port)
         for index, settings in enumerate(self.nodes):
-            own = Path(str(settings["folder"]))
-            proof: list[str] = []
-            if not self.insecure:
-                if not (own / "node.pem").exists():
-                    _make_key(own)
-                self._flwr("supernode", "register", str(own / "node.pub"), "here")
-                proof = ["--auth-supernode-private-key", str(own / "node.pem")]
+            proof = [] if self.insecure else self._prove(Path(str(settings["folder"])))
+            own = ["--host", HOST, "--port", str(_free_port()), "--node-config", _toml(settings)]
             self._start(
-                f"node-{index}",
-                ["supernode", "--superlink", address, *joining, *proof, "--host", HOST]
-                + ["--port", str(_free_port()), "--node-config", _toml(settings)],
+                f"node-{index}", "supernode", "--superlink", address, *joining, *proof, *own
             )
 
-    def _start(self, name: str, command: Sequence[str]) -> None:
-        program = Path(sys.executable).with_name(f"flower-{command[0]}")
+    def _prove(self, node: Path) -> list[str]:
+        """Make a node known to the SuperLink by its key, and say how it proves that it has it."""
+        if not (node / "node.pem").exists():
+            make_key(node)
+        self._flwr("supernode", "register", str(node / "node.pub"), "here")
+        return ["--auth-supernode-private-key", str(node / "node.pem")]
+
+    def _start(self, name: str, program: str, *options: str) -> None:
         path = self._log(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as log:
             process = subprocess.Popen(
-                [str(program), *command[1:]],
+                [str(Path(sys.executable).with_name(f"flower-{program}")), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -172,6 +169,8 @@ class Deployment:
         )
 
     def _end_leftovers(self) -> None:
+        for node in self.nodes:
+            stop_residents(Path(str(node["folder"])))
         path = self.folder / "processes.json"
         if not path.exists():
             return
@@ -269,51 +268,5 @@ def _end(pid: int) -> None:
 
 
 def _tell(process: psutil.Process, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
-
-
-def _make_certificate(certificate: Path, key: Path) -> None:
-    """Of an authority that vouches for itself, on this machine's own addresses."""
-    made = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "anabranch flower")])
-    now = datetime.datetime.now(datetime.UTC)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HOST))]
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(made.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=DAYS))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(made, hashes.SHA256())
-    )
-    write_private(key, _pem(made))
-    write_private(certificate, signed.public_bytes(serialization.Encoding.PEM))
-
-
-def _make_key(folder: Path) -> None:
-    """A SuperNode's key, on a curve that Flower takes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = ec.generate_private_key(ec.SECP384R1())
-    public = made.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    (folder / "node.pub").write_bytes(public)
-    write_private(folder / "node.pem", _pem(made, serialization.PrivateFormat.OpenSSH))
-
-
-def _pem(
-    key: ec.EllipticCurvePrivateKey,
-    form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8,
-) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        form,
-        serialization.NoEncryption(),
-    )

@@ -1,7 +1,7 @@
 """What a Flower message carries: one ConfigRecord with one value, the bytes of a letter.
 
-A letter is ``length of the header as 4 bytes, header, body``; the header is JSON. Flower never looks
-into it, and so never checks, averages or converts what the federation's own encoding says.
+A letter is ``length of the header as 4 bytes, header, body``; the header is JSON. Flower never
+looks into it, and so never checks, averages or converts what the federation's own encoding says.
 
 ==========  =============================================  ============================
 kind        facts                                          body
@@ -11,7 +11,6 @@ kind        facts                                          body
 ``task``    ``run``, ``agreement``                         :meth:`Task.to_bytes`
 ``reply``   none                                           :meth:`Reply.to_bytes`
 ``problem`` ``reason``                                     none
-``stop``    none; for a resident, not over the network     none
 ==========  =============================================  ============================
 """
 

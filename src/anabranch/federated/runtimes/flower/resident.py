@@ -11,6 +11,7 @@ seconds without any.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib
@@ -29,20 +30,23 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from anabranch.errors import AnabranchError, ConfigurationError
 from anabranch.federated.client import Client
 from anabranch.federated.codecs import Codec
-from anabranch.federated.errors import FederationError
+from anabranch.federated.errors import FederationError, PayloadError
 from anabranch.federated.messages import Task
 from anabranch.federated.node import Node
 from anabranch.federated.runtimes.flower.letter import Letter
 from anabranch.federated.runtimes.network.agreed import agree
-from anabranch.files import write_json
+from anabranch.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
 START_S = 600.0
 """How long a resident may take to load model and data."""
+STOP_S = 30.0
 TRIES = 2
 """Residents that may die over one letter before it is given up."""
 
@@ -72,6 +76,9 @@ class Resident:
     site: str
     settings: Mapping[str, str | int | float | bool]
     keep_alive: float = 900.0
+
+    def __post_init__(self) -> None:
+        check_site(self.site)
 
     @property
     def key(self) -> str:
@@ -120,6 +127,7 @@ class Resident:
                     env={**os.environ, "PYTHONPATH": paths},
                     start_new_session=True,  # it outlives the process of this message
                 )
+            write_text(self.file.with_suffix(".pid"), str(process.pid))
             until = time.monotonic() + START_S
             while time.monotonic() < until and process.poll() is None:
                 if (line := self._connect()) is not None:
@@ -143,14 +151,25 @@ class Resident:
         return lines[-1] if lines else "nothing"
 
 
+def check_site(site: str) -> None:
+    """Raise :class:`ConfigurationError` unless a site is named as it must be."""
+    if not all(site.partition(":")):
+        raise ConfigurationError(f"a site is module:function, not {site!r}")
+
+
 def stop_residents(folder: Path) -> None:
-    """End the residents of a node; one that is at work does its task first."""
+    """End the residents of a node, also in the middle of a task.
+
+    What a site stores is stored whole or not at all, and the task may be asked for again.
+    """
     for file in sorted((folder / "residents").glob("*.json")):
         resident = Resident(**json.loads(file.read_text()))
-        if (line := resident._connect()) is not None:
-            with closing(line):
-                line.send_bytes(Letter("stop").to_bytes())
-                line.recv_bytes()
+        with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
+            process = psutil.Process(int(file.with_suffix(".pid").read_text()))
+            if str(file) in process.cmdline():  # the number may be another one's by now
+                process.kill()
+                process.wait(STOP_S)
+        _address(resident.key).unlink(missing_ok=True)
         file.unlink()
 
 
@@ -165,27 +184,23 @@ def serve(resident: Resident) -> None:
         listener.listen()
         listener.settimeout(resident.keep_alive)
         try:
-            while _answer_one(listener, site):
-                pass
+            while True:
+                _answer_one(listener, site)
+        except TimeoutError:
+            logger.info("nothing came for %g s", resident.keep_alive)
         finally:
             address.unlink(missing_ok=True)
 
 
-def _answer_one(listener: socket.socket, site: _Site) -> bool:
-    """Whether to go on."""
-    try:
-        caller, _ = listener.accept()
-    except TimeoutError:
-        return False
+def _answer_one(listener: socket.socket, site: _Site) -> None:
+    """Wait for a letter and answer it. Raises TimeoutError if none comes."""
+    caller, _ = listener.accept()
     with closing(Connection(caller.detach())) as line:
         try:
-            letter = Letter.from_bytes(line.recv_bytes())
-            line.send_bytes(site.answer(letter).to_bytes())
-        except (EOFError, OSError) as error:
+            line.send_bytes(site.answer(Letter.from_bytes(line.recv_bytes())).to_bytes())
+        except (EOFError, OSError, PayloadError) as error:
             # The answer to a task is stored; whoever asks again gets it.
             logger.warning("a caller went away: %r", error)
-            return True
-    return letter.kind != "stop"
 
 
 class _Site:
@@ -193,8 +208,6 @@ class _Site:
 
     def __init__(self, resident: Resident) -> None:
         module, _, function = resident.site.partition(":")
-        if not function:
-            raise ConfigurationError(f"a site is module:function, not {resident.site!r}")
         self._place: Place = getattr(importlib.import_module(module), function)(resident.settings)
         self._folder = Path(resident.folder)
         self._run = ""
@@ -203,8 +216,6 @@ class _Site:
     def answer(self, letter: Letter) -> Letter:
         """What to send back; a problem if it cannot be done at all."""
         place = self._place
-        if letter.kind == "stop":
-            return letter
         if letter.kind == "who":
             return Letter("here", {"name": place.name, "examples": place.examples})
         try:
@@ -219,9 +230,7 @@ class _Site:
             raise ConfigurationError(f"a run is named by letters and digits, not {run!r}")
         if self._node is None or self._run != run:
             folder = self._folder / f"run-{run}"
-            agreement = agree(
-                letter.facts["agreement"], place.client, place.up, place.down, folder
-            )
+            agreement = agree(letter.facts["agreement"], place.client, place.up, place.down, folder)
             self._node = Node(place.name, agreement, place.data, place.model)
             self._run = run
         return self._node.handle(Task.from_bytes(letter.body)).to_bytes()

@@ -108,8 +108,8 @@ class Flower(WallClock):
             self._check()
             if until is not None and time.monotonic() >= until:
                 raise NotEnoughClients(
-                    f"the run waits for {self._clients} nodes; after {self._join_timeout:g} s there "
-                    f"are: {', '.join(there) or 'none'}" + (f"; {silent}" if silent else "")
+                    f"the run waits for {self._clients} nodes; after {self._join_timeout:g} s "
+                    f"there are: {', '.join(there) or 'none'}" + (f"; {silent}" if silent else "")
                 )
             time.sleep(POLL_S)
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from anabranch.federated.node import Agreement, Node
 from anabranch.federated.payload import Payload, Value
 from anabranch.federated.runtimes import Arrived, ClientJoined, ClientLeft, Input, Lost, Timed
 from anabranch.federated.runtimes.network import agreed
-from anabranch.federated.scheduling import Everyone, Sampler, Sync
+from anabranch.federated.scheduling import Everyone, Sampler, Schedule, Sync
 from anabranch.federated.server import Server
 from anabranch.federated.store import ClientStore
 from anabranch.federated.strategies import Strategy
@@ -67,10 +68,10 @@ def to_flower_strategy(
 ) -> FlowerStrategy:
     """A method as a strategy of Flower, for ``rounds`` of them.
 
-    A :class:`Strategy` begins with the arrays that Flower's loop is started with. One that must know
-    the model (FedIT, Fed-SB) is given as ``method.begin(model)``. ``options`` are those of Flower's
-    FedAvg, which evaluates. Clients answer by :func:`answer`, or by an app of their own: whatever
-    the method wants as arrays, and the metric ``num-examples``.
+    A :class:`Strategy` begins with the arrays that Flower's loop is started with. One that must
+    know the model (FedIT, Fed-SB) is given as ``method.begin(model)``. ``options`` are those of
+    Flower's FedAvg, which evaluates. Clients answer by :func:`answer`, or by an app of their own:
+    whatever the method wants as arrays, and the metric ``num-examples``.
 
     Raises :class:`ConfigurationError` for methods without a barrier or without a server.
 
@@ -79,6 +80,7 @@ def to_flower_strategy(
         strategy = to_flower_strategy(FedProx(mu=0.1), rounds=20)
         strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=20)
     """
+    schedule: Schedule
     if isinstance(method, Server):
         name, schedule = type(method).__name__, Sync(rounds, sampler or Everyone(), work)
         decentralised = method.opaque
@@ -95,12 +97,12 @@ def to_flower_strategy(
     return FlowerStrategy(method, schedule, seed, **options)
 
 
-class FlowerStrategy(FedAvg):  # type: ignore[misc, unused-ignore]
+class FlowerStrategy(FedAvg):
     """Made by :func:`to_flower_strategy`.
 
-    A message each way is a round of Flower's: where a method begins by an exchange of two, its first
-    version takes two. A node that failed, or did not answer in time, is not waited for. Claims of
-    examples are taken as they come, because nodes declare nothing beforehand.
+    A message each way is a round of Flower's: where a method begins by an exchange of two, its
+    first version takes two. A node that failed, or did not answer in time, is not waited for.
+    Claims of examples are taken as they come, because nodes declare nothing beforehand.
     """
 
     def __init__(
@@ -177,7 +179,7 @@ class FlowerStrategy(FedAvg):  # type: ignore[misc, unused-ignore]
         facts = {
             **config,
             "server-round": server_round,
-            "task": task.envelope(),
+            "task": replace(task, body=b"").to_bytes(),
             "agreement": json.dumps(agreed.to_json(agreement, absent_after=0.0)),
         }
         payload = made.wire.decode("down", task.kind, task.body)
@@ -193,12 +195,11 @@ def answer(
 
     Raises :class:`FederationError` with the client's error; the state is then as before.
     """
-    config = next(c for c in message.content.config_records.values() if "agreement" in c)
-    agreement = agreed.agree(json.loads(str(config["agreement"])), client)
-    envelope = json.loads(bytes(config["task"]))  # type: ignore[arg-type, unused-ignore]
-    payload = _payload(message.content)
-    body = agreement.wire.encode("down", envelope["kind"], payload)
-    task = Task.from_bytes(_with_body(bytes(config["task"]), body))  # type: ignore[arg-type, unused-ignore]
+    config: Any = next(c for c in message.content.config_records.values() if "agreement" in c)
+    agreement = agreed.agree(json.loads(config["agreement"]), client)
+    task = Task.from_bytes(config["task"])
+    body = agreement.wire.encode("down", task.kind, _payload(message.content))
+    task = replace(task, body=body)
     reply = _handle(task, agreement, context, data, model)
     if reply.error:
         raise FederationError(reply.error)
@@ -218,7 +219,9 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
     """The tensors of Flower's record, copied."""
-    return {n: torch.from_numpy(np.array(a.numpy())) for n, a in record.items()}
+    # Empty arrays have strides that only NumPy likes; a contiguous copy has torch's own.
+    as_torch = {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
+    return {n: t.clone(memory_format=torch.contiguous_format) for n, t in as_torch.items()}
 
 
 class _Elsewhere(Client):
@@ -258,7 +261,9 @@ def _read(made: Coordinator, task: Task, message: Message) -> Input:
     """What a message means. The coordinator checks what is in it."""
     if message.has_error():
         return Lost(task.id, f"node {task.client}: {message.error.reason}")
-    metrics = {n: v for record in message.content.metric_records.values() for n, v in record.items()}
+    metrics = {
+        n: v for record in message.content.metric_records.values() for n, v in record.items()
+    }
     examples, units = metrics.pop(EXAMPLES, None), metrics.pop("units", 0.0)
     if not isinstance(examples, int | float):
         return Lost(task.id, f"node {task.client} does not say its {EXAMPLES}")
@@ -281,24 +286,14 @@ def _read(made: Coordinator, task: Task, message: Message) -> Input:
     )
 
 
-def _with_body(envelope: bytes, body: bytes) -> bytes:
-    return len(envelope).to_bytes(4, "little") + envelope + body
-
-
 def _handle(task: Task, agreement: Agreement, context: Context, data: Any, model: Any) -> Reply:
     """A node's work with its stored state, which lives in Flower's context between messages."""
     with tempfile.TemporaryDirectory(prefix="anabranch-site-") as folder:
         file = ClientStore(Path(folder), task.client).path
-        if stored := context.state.config_records.get(STATE):
-            file.write_bytes(bytes(stored["file"]))  # type: ignore[arg-type, unused-ignore]
-        kept = Agreement(
-            agreement.client,
-            agreement.seed,
-            agreement.wire,
-            agreement.up,
-            agreement.down,
-            Path(folder),
-        )
+        stored: Any = context.state.config_records.get(STATE)
+        if stored:
+            file.write_bytes(stored["file"])
+        kept = replace(agreement, folder=Path(folder))
         reply = Node(task.client, kept, data, model).handle(task)
         context.state[STATE] = ConfigRecord({"file": file.read_bytes()})
     return reply

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import TracebackType
 
+from anabranch.closing import Closing
 from anabranch.errors import ConfigurationError
 from anabranch.federated.errors import FederationError
 from anabranch.federated.messages import Reply, Task
@@ -35,7 +35,7 @@ class Errand:
     lost: Callable[[str], None]
 
 
-class Pool:
+class Pool(Closing):
     """``workers`` processes for any number of runs, one after the other.
 
     A worker is started, never forked, when it gets its first task, and exits after ``keep_alive``
@@ -83,17 +83,6 @@ class Pool:
     def cpu_seconds(self) -> float:
         """Processor time of all workers there ever were, until their last reply."""
         return sum(worker.cpu_seconds for worker in self.workers)
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Worker:
