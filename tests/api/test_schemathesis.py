@@ -93,6 +93,11 @@ def test_document_names_every_route_and_body() -> None:
         *(f"{jobs}/{{job_id}}/{what}" for what in ("cancel", "pause", "resume")),
         jobs + "/{job_id}/events",
         jobs + "/{job_id}/checkpoints",
+        "/v1/jobs",
+        "/v1/jobs/{job_id}",
+        *(f"/v1/jobs/{{job_id}}/{what}" for what in ("cancel", "pause", "resume")),
+        "/v1/jobs/{job_id}/events",
+        "/v1/jobs/{job_id}/log",
     }
     assert set(document["paths"]) == {
         "/v1/models",

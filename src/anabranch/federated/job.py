@@ -46,10 +46,10 @@ from anabranch.federated.strategies import FedAvg, Strategy
 from anabranch.federated.topologies import Star, Topology, Tree
 from anabranch.training.checks import ALL_WEIGHTS
 from anabranch.training.objective import Objective
-from anabranch.training.options import parse_options
+from anabranch.training.options import Section, parse_options
 from anabranch.training.plugins import construct
 from anabranch.training.privacy import Privacy
-from anabranch.training.recipe import NAME, Choice, Count, Recipe, Section
+from anabranch.training.recipe import NAME, Choice, Count, Recipe
 from anabranch.training.recipe_file import load_recipe, parse_yaml, with_override
 
 SPLITS: dict[str, Callable[..., Any]] = {

@@ -9,17 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from anabranch.errors import ConfigurationError, did_you_mean
 
-Section = TypeVar("Section", bound=BaseModel)
+Model = TypeVar("Model", bound=BaseModel)
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a file: unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class EarlyStopping(_Section):
+class EarlyStopping(Section):
     """Stop when a validation metric no longer improves, and go back to the best weights.
 
     ``patience`` is evaluations in a row without an improvement of more than ``min_delta``.
@@ -32,14 +34,14 @@ class EarlyStopping(_Section):
     restore_best: bool = True
 
 
-class Checkpoints(_Section):
+class Checkpoints(Section):
     """A checkpoint every so many optimiser steps; the newest ``keep`` stay. None: at the end."""
 
     every: Positive | None = None
     keep: Positive = 2
 
 
-class TrainOptions(_Section):
+class TrainOptions(Section):
     """Everything about a run that is neither model, nor data, nor objective.
 
     Length: give ``steps`` (optimiser steps) or ``epochs``. ``batch`` is items per optimiser step,
@@ -120,7 +122,7 @@ class TrainOptions(_Section):
         return int(self.warmup) if self.warmup >= 1 else math.ceil(self.warmup * total)
 
 
-def parse_options(section: type[Section], values: dict[str, Any], where: str = "") -> Section:
+def parse_options(section: type[Model], values: dict[str, Any], where: str = "") -> Model:
     """Build an options model from plain values.
 
     Raises :class:`ConfigurationError` with one line per mistake: the key's path (under ``where``),

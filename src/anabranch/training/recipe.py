@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from anabranch.errors import did_you_mean
-from anabranch.training.options import TrainOptions
+from anabranch.training.options import Section, TrainOptions
 
 SPLITS = ("train", "valid", "test")
 FORMATS = ("jsonl", "csv", "parquet", "text", "hf-dir")
@@ -23,12 +23,6 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 SplitName = Literal["train", "valid", "test"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A part of the file: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Choice(BaseModel):

@@ -108,8 +108,8 @@ def job_events(request: Request, job_id: str) -> Response:
 
 @router.get(
     JOBS + "/{job_id}/log",
-    response_class=PlainTextResponse,
-    responses=openapi.errors(401, 404, 500),
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}, **openapi.errors(401, 404, 500)},
 )
 def job_log(request: Request, job_id: str) -> Response:
     """What the job's process said."""

@@ -15,8 +15,7 @@ from pydantic import Field
 
 from anabranch.jobs.layout import OUTPUT
 from anabranch.jobs.records import Artefact
-from anabranch.training.options import parse_options
-from anabranch.training.recipe import Section
+from anabranch.training.options import Section, parse_options
 
 
 class Limits(Section):
