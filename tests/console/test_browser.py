@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.api.test_files import ROW, jsonl
@@ -98,7 +99,7 @@ def test_stop_keeps_the_text_and_a_reload_finds_it(browser: Browser) -> None:
 
 
 def test_a_bad_file_and_a_bad_field_are_named_where_they_are(
-    browser: Browser, tmp_path: Path
+    browser: Browser, server: Server, tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(jsonl(ROW) + b"not json\n")
@@ -108,6 +109,8 @@ def test_a_bad_file_and_a_bad_field_are_named_where_they_are(
     browser.sees("line 2")
     browser.find("input[aria-label='Name of the result']").send_keys("no spaces")
     browser.sees("match pattern")
+    kept = httpx.get(f"{server.url}/v1/files").json()["data"]
+    assert "bad.jsonl" not in [file["filename"] for file in kept]
     browser.keep("job-form-errors")
 
 
@@ -123,6 +126,8 @@ def test_cancel_in_mid_job_is_seen_in_another_tab(
         browser.press("Cancel")
         browser.sees("cancelled")
         other.sees("cancelled")
+    job = httpx.get(f"{server.url}/v1/jobs/{page.rpartition('/')[2]}").json()
+    assert job["state"] == "cancelled"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -192,6 +192,7 @@ def test_a_lost_conversation_says_so_and_begins_anew() -> None:
     async def story(at: Visit) -> None:
         await at.open("?chat=of-an-earlier-server")
         await at.sees("no longer in the server's memory")
+        assert replies(at) == []
         await ask(at, "hello")
         await at.until(lambda: replies(at) == ["hello"])
 

@@ -94,6 +94,7 @@ def test_a_job_that_fails_says_why(workspace: Workspace) -> None:
         await start(at)
         await at.sees("the trainer broke. The events below say what led to it.")
         await at.sees("failed")
+        assert [job.state for job in workspace.jobs.find().items] == ["failed"]
 
     visit(story, TrainingModel(fail_at=3), workspace=workspace)
 
@@ -173,6 +174,7 @@ def test_a_name_that_is_taken_is_refused_with_what_to_do(workspace: Workspace) -
         at.one(ui.input, "suffix").value = "mine"
         at.user.find(marker="start").click()
         await at.sees("choose another suffix")
+        assert len(workspace.jobs.find().items) == 1
 
     visit(story, TrainingModel(), workspace=workspace)
 

@@ -64,6 +64,7 @@ def test_a_folder_that_is_no_adapter_is_refused_in_its_own_words(tmp_path: Path)
         at.one(ui.select, "adapter").value = "broken"
         at.user.find(marker="load").click()
         await at.sees("'echo' cannot take adapters")
+        assert [model.name for model in at.console.service.listed()] == ["echo"]
 
     visit(story, EchoModel(), adapters=tmp_path)
 
