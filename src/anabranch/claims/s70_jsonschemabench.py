@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
@@ -28,6 +28,7 @@ from anabranch.models.progress import Progress
 from anabranch.models.protocol import SamplingParameters
 from anabranch.serving import Request
 from anabranch.serving.adjustment import Row, adjust
+from anabranch.serving.sampling import draw
 from anabranch.serving.sequence import Sequence as Choice
 
 SCHEMAS_PER_SET = 96
@@ -40,6 +41,8 @@ ANSWERS = 40
 MAX_TOKENS = 160
 BATCH = 8
 MASK_SHARE = 0.05
+STEPS = 200
+"""In which masks are timed."""
 CALLS_PER_TOKEN = 0.85
 EASY = {
     "type": "object",
@@ -96,7 +99,7 @@ class JsonSchemaBench(Claim):
         constrained = coverage(easy, batched, True, MAX_TOKENS)
         free = coverage(easy, batched, False, MAX_TOKENS)
         progress("what masks cost", 0.9)
-        overhead = mask_overhead(batched, seed)
+        overhead = mask_overhead(loaded, seed)
         progress("forced text", 0.95)
         calls = calls_per_token(loaded, easy[:12])
 
@@ -169,30 +172,33 @@ def figures_of(results: Sequence[CoverageResult]) -> dict[str, Any]:
     return counts | {"compliance": round(summary.compliance, 4)}
 
 
-def mask_overhead(generator: EngineGenerator, seed: int) -> dict[str, float]:
+def mask_overhead(loaded: LoadedModel, seed: int) -> dict[str, float]:
     """Seconds that eight rows' masks add to choosing tokens, beside a step without constraints.
 
-    Both are medians in one process, taken in turn, so that a busy machine slows both.
+    Steps compute one token a row: drafts would make them longer, and the share look smaller. Both
+    are medians in one process, taken in turn, so that a busy machine slows both.
     """
-    engine, compiler = generator.engine, generator.compiler
+    unconstrained = EngineGenerator(loaded, "llguidance", BATCH, speculation="off")
+    engine, compiler = unconstrained.engine, unconstrained.compiler
     compiled = compiler.compile(OutputConstraint.json_schema(EASY))
-    sampling = SamplingParameters(400, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParameters(2 * STEPS, temperature=0.0, ignore_eos=True)
     for index in range(BATCH):
         prompt = list(range(100 + index, 300 + index))
         engine.add(Request(f"mask {index}", prompt, sampling))
     while engine.scheduler.num_running < BATCH or engine.statistics().waiting:
         engine.step()
     constraint = OutputConstraint.json_schema(EASY)
-    request = Request("row", [1], SamplingParameters(constraint=constraint), constraint=compiled)
+    greedy = SamplingParameters(temperature=0.0)
+    request = Request("row", [1], replace(greedy, constraint=constraint), constraint=compiled)
     rows = [Row(Choice(request, i, [1], 400, constraint=compiled.start())) for i in range(BATCH)]
-    plain = [Row(Choice(Request("row", [1]), i, [1], 400)) for i in range(BATCH)]
-    draw = torch.Generator().manual_seed(seed)
+    plain = [Row(Choice(Request("row", [1], greedy), i, [1], 400)) for i in range(BATCH)]
+    generator = torch.Generator().manual_seed(seed)
     steps, masked, unmasked = [], [], []
-    for _ in range(40):
-        logits = torch.randn(BATCH, len(compiler.vocabulary), generator=draw)
+    for _ in range(STEPS):
+        logits = torch.randn(BATCH, len(compiler.vocabulary), generator=generator)
         steps.append(timed(engine.step))
-        unmasked.append(timed(lambda logits=logits: adjust(logits, plain)))
-        masked.append(timed(lambda logits=logits: advance(adjust(logits, rows), rows)))
+        unmasked.append(timed(lambda logits=logits: draw(adjust(logits, plain), plain)))
+        masked.append(timed(lambda logits=logits: advance(draw(adjust(logits, rows), rows), rows)))
     for index in range(BATCH):
         engine.abort(f"mask {index}")
     added = median(masked) - median(unmasked)
@@ -203,9 +209,9 @@ def mask_overhead(generator: EngineGenerator, seed: int) -> dict[str, float]:
     }
 
 
-def advance(logits: torch.Tensor, rows: Sequence[Row]) -> None:
-    """Take each row's best token; an answer that is complete begins again."""
-    for row, token in zip(rows, logits.argmax(dim=-1).tolist(), strict=True):
+def advance(tokens: Sequence[int], rows: Sequence[Row]) -> None:
+    """Add a token to each row; an answer that is complete begins again."""
+    for row, token in zip(rows, tokens, strict=True):
         choice = row.sequence
         assert choice.constraint is not None and choice.request.constraint is not None
         if not choice.constraint.accept(token):

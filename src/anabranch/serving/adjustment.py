@@ -11,10 +11,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from anabranch.errors import RequestFailed
 from anabranch.models.protocol import SamplingParameters
 from anabranch.serving.sequence import Sequence
+
+_CLOSED = torch.tensor(
+    [[0.0 if byte >> bit & 1 else float("-inf") for bit in range(8)] for byte in range(256)]
+)
+"""What eight bits of a mask add to logits: looked up, as filling by booleans takes five times as
+long."""
 
 
 class Row(NamedTuple):
@@ -97,12 +104,12 @@ def _mask(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
     words = np.zeros((len(constrained), -(-vocabulary // 32)), dtype=np.int32)
     for word, index in zip(words, constrained, strict=True):
         _fill_mask(rows[index], word)
-    bits = np.unpackbits(words.view(np.uint8), axis=1, count=vocabulary, bitorder="little")
-    forbidden = torch.from_numpy(bits == 0).to(logits.device)
+    bytes_ = torch.from_numpy(words.view(np.uint8)).to(logits.device).int()
+    closed = embedding(bytes_, _CLOSED.to(logits.device)).view(len(constrained), -1)[:, :vocabulary]
     if len(constrained) == len(rows):
-        return logits.masked_fill(forbidden, float("-inf"))
+        return closed.add_(logits)
     logits = logits.clone()
-    logits[constrained] = logits[constrained].masked_fill(forbidden, float("-inf"))
+    logits[constrained] += closed
     return logits
 
 
