@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -88,7 +89,12 @@ class _Worker:
         self._pipe.close()
 
 
-def _work(
+def _work(pipe: Connection, *settings: Any) -> None:
+    with suppress(EOFError, BrokenPipeError):  # whoever asked has gone
+        _answer(pipe, *settings)
+
+
+def _answer(
     pipe: Connection, backend: str, tokenizer: Any, timeout: float, draws: int, seed: int
 ) -> None:
     try:
@@ -100,10 +106,7 @@ def _work(
         pipe.send(error)
         return
     while True:
-        try:
-            case = pipe.recv()
-        except EOFError:
-            return
+        case = pipe.recv()
         try:
             pipe.send(run_case(case, compiler, backend, draws, seed))
         except Exception as error:  # a defect of a library: told, and the next case goes on
