@@ -1,1 +1,1 @@
-"""Rounds per second of our simulation and Flower's on the same federation."""
+"""Rounds per second of our simulation and those of Flower and NVFlare on the same federation."""

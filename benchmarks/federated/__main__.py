@@ -1,12 +1,14 @@
-"""Rounds per second: our simulation against Flower's, on the same federation of digits.
+"""Rounds per second: our simulation against others', on the same federation of digits.
 
     python -m benchmarks.federated [--clients 100] [--steps 1] [--rounds 10] [--trials 3]
-                                   [--json FILE]
+                                   [--peer flower|nvflare] [--json FILE]
 
 Every client takes ``--steps`` SGD steps a round on its share of scikit-learn's digits, the server
-averages. Flower gets an environment of its own (built once) and as many worker processes as this
-process may use cores; we use one. The sides alternate; a side's figure is the median over all
-rounds but the first of each trial, so that starting up counts for neither.
+averages. The peer gets an environment of its own (built once) and as many worker processes as this
+process may use cores; we use one. NVFlare starts a process for each turn of a client if there are
+more clients than workers, so that rounds of a hundred take ten minutes: choose few. The sides
+alternate; a side's figure is the median over all rounds but the first of each trial, so that
+starting up counts for neither.
 """
 
 from __future__ import annotations
@@ -32,17 +34,21 @@ from anabranch.federated import splits
 from anabranch.federated.strategies import FedAvg
 from benchmarks.peers.environments import TORCH, Recipe
 
-FLOWER = Recipe("flower", (*TORCH, "flwr[simulation]==1.41.0", "numpy"))
-DRIVER = Path(__file__).with_name("flower_driver.py")
+PEERS = {
+    "flower": Recipe("flower", (*TORCH, "flwr[simulation]==1.41.0", "numpy")),
+    "nvflare": Recipe("nvflare", (*TORCH, "nvflare==2.9.0", "numpy")),
+}
+"""Each has its driver beside this file, ``<name>_driver.py``."""
 
 
 def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
-    python = FLOWER.build()
+    recipe = PEERS[options.peer]
+    python = recipe.build()
     cores = len(os.sched_getaffinity(0))
     split = splits.iid(digits.TRAIN, options.clients)
-    rounds: dict[str, list[float]] = {"anabranch": [], "flower": []}
+    rounds: dict[str, list[float]] = {"anabranch": [], options.peer: []}
     accuracy: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.npz"
@@ -50,7 +56,7 @@ def main() -> None:
         for trial in range(options.trials):
             sides = [
                 ("anabranch", lambda: ours(split, options)),
-                ("flower", lambda: flower(python, job, options, cores)),
+                (options.peer, lambda: peer(python, job, options, cores)),
             ]
             for name, run in sides[:: -1 if trial % 2 else 1]:
                 outcome = run()
@@ -58,7 +64,7 @@ def main() -> None:
                 rounds[name] += [b - a for a, b in pairwise(ended[1:])]
                 accuracy[name] = outcome["accuracy"]
     rates = {name: 1 / statistics.median(seconds) for name, seconds in rounds.items()}
-    ratio = rates["anabranch"] / rates["flower"]
+    ratio = rates["anabranch"] / rates[options.peer]
     for name, rate in rates.items():
         print(f"{name:10} {rate:8.2f} rounds/s   accuracy {accuracy[name]:.3f}")
     print(f"ratio      {ratio:8.1f}")
@@ -66,7 +72,7 @@ def main() -> None:
         report = {
             "machine": machine(),
             "cores": cores,
-            "flower": FLOWER.requirements[-2],
+            "peer": recipe.requirements[-2],
             "options": {k: v for k, v in vars(options).items() if k != "json"},
             "rounds_per_second": rates,
             "ratio": ratio,
@@ -86,6 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--peer", choices=[*PEERS], default="flower")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
 
@@ -118,15 +125,16 @@ def ours(split: list[np.ndarray], options: argparse.Namespace) -> dict[str, Any]
     return {"ended": ended, "accuracy": digits.watch(model)(federation.coordinator)["accuracy"]}
 
 
-def flower(python: Path, job: Path, options: argparse.Namespace, cores: int) -> dict[str, Any]:
-    command = [python, DRIVER, job, str(options.rounds), str(options.steps), str(cores)]
+def peer(python: Path, job: Path, options: argparse.Namespace, cores: int) -> dict[str, Any]:
+    driver = Path(__file__).with_name(f"{options.peer}_driver.py")
+    command = [python, driver, job, str(options.rounds), str(options.steps), str(cores)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        sys.exit(f"Flower failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        sys.exit(f"{options.peer} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     outcome: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT "))
     if set(outcome["averaged"]) != {options.clients}:
-        print(f"Flower averaged {outcome['averaged']} clients of {options.clients} in its rounds")
+        print(f"{options.peer} averaged {outcome['averaged']} of {options.clients} clients")
     return outcome
 
 

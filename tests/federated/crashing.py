@@ -97,7 +97,7 @@ CASES: dict[str, Callable[[Path], Federation]] = {
     "buffered": lambda store: simulated(FedProx(0.1), store, schedule=Buffered(8, 2)),
     "deadline": lambda store: simulated(FedAvg(), store, schedule=Deadline(6, seconds=1.0)),
     "tree": lambda store: simulated(FedAvg(), store, topology=Tree.balanced(names(), 2)),
-    "robust": lambda store: simulated(FedAvg(rule=MultiKrum(1)), store),
+    "robust": lambda store: simulated(FedAvg(rule=MultiKrum(1), momentum=0.9), store),
     "gossip": gossiping,
     "split learning": split_learning,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -148,6 +149,19 @@ def test_a_client_that_becomes_slower_gets_fewer_steps_within_two_tasks():
     made.run()
     after = [(at, steps) for client, at, steps, _ in schedule.log if client == "c1" and at > 45]
     assert min(steps for _, steps in after[:3]) < 50
+
+
+def test_who_does_less_than_told_is_judged_by_what_it_did(caplog):
+    class Half(VectorClient):
+        def run(self, ctx, kind, payload):
+            ctx.work = dataclasses.replace(ctx.work, steps=ctx.work.steps // 2)
+            return super().run(ctx, kind, payload)
+
+    schedule = Recorder(4)
+    sites = [Site("c0", range(EXAMPLES), DeviceProfile(0.1))]
+    Federation(Grouped(), Half(), schedule, Simulation(sites)).run()
+    assert schedule.speeds["c0"] == pytest.approx(0.1)
+    assert "c0 did 50 steps and not the 100 that it was given" in caplog.text
 
 
 @settings(deadline=None, max_examples=15)

@@ -88,7 +88,7 @@ def test_a_job_from_file_to_adapter(file: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     printed = json.loads(done.stdout)
     assert printed["versions"] == 3 and printed["incidents"] == 0
-    assert printed["virtual_seconds"] > 0 and printed["bytes"] > 10_000
+    assert printed["clock"] == "virtual" and printed["seconds"] > 0 and printed["bytes"] > 10_000
     report = json.loads((output / "report.json").read_text())
     losses = [row["valid/loss"] for row in report["history"]]
     assert losses[-1] < losses[0]

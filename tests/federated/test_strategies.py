@@ -37,7 +37,7 @@ from anabranch.federated.shared import lent, load_shared, shared_tensors
 from anabranch.federated.strategies import FedAdam, FedAvg, FedProx
 from anabranch.federated.topologies import complete, metropolis
 from anabranch.training.trainer import Trainer
-from tests.federated.helpers import Tamper
+from tests.federated.helpers import Tamper, assert_killed_ends_the_same
 
 ALL = [
     pytest.param(cls, id=name)
@@ -176,6 +176,50 @@ def test_server_rate_multiplies_the_change():
         strategy = FedAvg(upload=upload, server_lr=0.5)
         half = trained(strategy.simulate(digits.perceptron(), local, places()))
         assert torch.allclose(half - start, 0.5 * (whole - start), atol=1e-6)
+
+
+@pytest.mark.parametrize("upload", ["delta", "weights"])
+def test_momentum_by_hand(upload):
+    start = shared_tensors(digits.perceptron())
+    strategy = FedAvg(upload=upload, server_lr=0.5, momentum=0.9)
+    federation = strategy.simulate(digits.perceptron(), digits.local(steps=2), places(), rounds=4)
+    changes, step = [], federation.server.step
+
+    def spy(change):
+        changes.append(change)
+        return step(change)
+
+    federation.server.step = spy
+    federation.run()
+    x, velocity = start, dict.fromkeys(start, 0.0)
+    for change in changes:
+        velocity = {name: 0.9 * v + 0.5 * change[name] for name, v in velocity.items()}
+        x = {name: value + velocity[name] for name, value in x.items()}
+    assert len(changes) == 4
+    for name, tensor in federation.server.tensors.items():
+        assert torch.allclose(tensor, x[name], atol=1e-6)
+
+
+def test_momentum_survives_being_killed(tmp_path):
+    def make(store):
+        return FedAvg(momentum=0.9).simulate(
+            digits.perceptron(), digits.local(steps=2), places(), rounds=3, store=store
+        )
+
+    assert_killed_ends_the_same(make, tmp_path, (6, 9))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: FedAvg(momentum=1.0), "not 1.0"),
+        (lambda: FedAvg(momentum=-0.1), "not -0.1"),
+        (lambda: FedAdam(momentum=0.9), "it is beta1"),
+    ],
+)
+def test_momentum_that_cannot_work(make, says):
+    with pytest.raises(ConfigurationError, match=says):
+        make()
 
 
 def test_old_updates_count_less():

@@ -17,7 +17,7 @@ class JustOneByteClaim(Claim):
     system = "Just One Byte (per gradient)"
     paper = "one byte per gradient; machines join and leave; more machines learn faster (no table)"
     baseline = "the same with float32 scalars, and one machine alone"
-    method = "int8 codes, 4 machines, 2 slopes an iteration, 150 iterations, rate 4e-3"
+    method = "int8 codes, 4 machines, 2 slopes an iteration, 150 iterations, rate 1e-3"
     threshold = (
         "held-out loss with one byte at most 5 % above float32's; 8 bytes up an iteration from all "
         "four machines together, and 1 byte a slope on SmolLM2-135M; four machines end lower than "

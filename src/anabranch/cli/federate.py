@@ -38,7 +38,9 @@ def federate(
     publish: Publish = None,
     runtime: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="simulation, or processes or flower of this machine."),
+        typer.Option(
+            metavar="NAME", help="simulation, processes or flower of this machine, or ray."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -142,7 +144,7 @@ def draw(outcome: Outcome) -> None:
     series = {name: points for name, points in series.items() if points}
     if not series:
         return
-    axis = "virtual seconds" if timed else "version"
+    axis = f"{outcome.result.clock} seconds" if timed else "version"
     try:
         picture = svg(Plot("Loss", axis, "loss", series), ink="#333333")
     except MissingExtra as error:
@@ -157,7 +159,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "versions": result.version,
         "metrics": dict(result.metrics),
-        "virtual_seconds": result.seconds,
+        "clock": result.clock,
+        "seconds": result.seconds,
         "bytes": result.ledger.total().bytes,
         "incidents": len(result.incidents),
         "output": str(outcome.folder),
@@ -176,7 +179,7 @@ def show(outcome: Outcome) -> None:
     out.print(table)
     up, down = (result.ledger.total(direction=direction) for direction in ("up", "down"))
     out.print(
-        f"{result.version} versions in {result.seconds:.1f} s of the run's time; "
+        f"{result.version} versions in {result.seconds:.1f} {result.clock} seconds; "
         f"{bytes_text(up.bytes)} up, {bytes_text(down.bytes)} down"
     )
     for incident in result.incidents:

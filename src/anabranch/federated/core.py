@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class Federation:
             self._send_out()
         self._save()
         self.runtime.finish(state.stopped)
-        return self.coordinator.result()
+        return replace(self.coordinator.result(), clock=self.runtime.clock)
 
     def _take(self, happened: Timed) -> None:
         if self.store:

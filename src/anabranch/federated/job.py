@@ -235,9 +235,9 @@ class FederateJob(Section):
     tree: Annotated[int | None, Field(ge=2)] = None
     """Inputs of each aggregator; null: all clients send to the coordinator."""
     devices: Literal["equal", "log_uniform"] = "equal"
-    runtime: Literal["simulation", "processes", "flower"] = "simulation"
-    """Sites one after the other in virtual time, in ``workers`` processes of this machine, or on
-    SuperNodes of Flower here."""
+    runtime: Literal["simulation", "processes", "ray", "flower"] = "simulation"
+    """Sites one after the other in virtual time, in ``workers`` processes of this machine, in as
+    many actors of a Ray cluster, or on SuperNodes of Flower here."""
     workers: Count | None = None
     evaluate_every: Count = 1
     secure: SecureSum | None = None
@@ -304,6 +304,10 @@ class FederateJob(Section):
         """Where the sites work. Nothing is started yet."""
         if self.runtime == "processes":
             return Processes(sites, model, self.workers or 2)
+        if self.runtime == "ray":
+            from anabranch.federated.runtimes.ray import Ray  # says so if Ray is missing
+
+            return Ray(sites, model, self.workers)
         if self.runtime == "flower":
             raise ConfigurationError(
                 "runtime: flower begins in an app of Flower, not here; running.federate starts one"
@@ -327,8 +331,8 @@ class FederateJob(Section):
             raise ValueError("tree: the sites of a secure sum send to the coordinator only")
         if self.runtime != "simulation" and self.devices != "equal":
             raise ValueError("devices are simulated speeds; processes are as fast as they are")
-        if self.runtime != "processes" and self.workers is not None:
-            raise ValueError(f"workers are for runtime: processes; {self.runtime} has none")
+        if self.runtime not in ("processes", "ray") and self.workers is not None:
+            raise ValueError(f"workers are for runtime: processes or ray; {self.runtime} has none")
         if self.error_feedback and not self.codec:
             raise ValueError("error_feedback corrects a codec; none is given")
         if self.keep_versions and self.recipe.adapter.method in ALL_WEIGHTS:

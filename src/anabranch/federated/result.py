@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from anabranch.federated.incidents import Incidents
 from anabranch.federated.ledger import Ledger
 from anabranch.federated.server import Update
+
+Clock = Literal["virtual", "real"]
+"""Whose time the times of a run are: that of simulated devices, or the one on the wall."""
 
 
 @dataclass(frozen=True)
 class RunResult:
     """How a run went.
 
-    ``seconds`` is the time of the run: virtual in a simulation. ``history`` has a row of figures
+    ``seconds`` is the time of the run on its ``clock``. ``history`` has a row of figures
     for each version: its ``seconds``, the mean of the clients' metrics weighted by examples, what
     the server's commit said, and what ``watch`` returned.
     """
@@ -26,6 +30,7 @@ class RunResult:
     history: Sequence[Mapping[str, float]]
     ledger: Ledger
     incidents: Incidents
+    clock: Clock = "virtual"
 
     @property
     def metrics(self) -> Mapping[str, float]:

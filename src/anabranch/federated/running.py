@@ -60,6 +60,8 @@ def federate(
         from anabranch.federated.runtimes.flower import jobs  # says so if Flower is missing
 
         return jobs.federate(job, folder, progress)
+    if job.runtime == "ray":
+        import anabranch.federated.runtimes.ray  # noqa: F401 - says so if Ray is missing
     claim(folder, job)
     setup, items, parts = deal(job, progress)
     devices = job.make_devices(len(parts))
@@ -149,7 +151,8 @@ def report(job: FederateJob, result: RunResult) -> dict[str, Any]:
         "job": job.resolved(),
         "versions": result.version,
         "reason": result.reason,
-        "virtual_seconds": result.seconds,
+        "clock": result.clock,
+        "seconds": result.seconds,
         "history": list(result.history),
         "traffic": [
             {"direction": direction, "client": client, "kind": kind, **vars(traffic)}

@@ -25,19 +25,7 @@ def shared_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def load_shared(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put values into the parameters and buffers of these names, which must all be there."""
-    parameters: dict[str, Tensor] = {
-        **dict(model.named_buffers()),
-        **dict(model.named_parameters()),
-    }
-    for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            there = list(parameters[name].shape) if name in parameters else "absent"
-            raise FederationError(
-                f"{name} is {list(tensor.shape)} in the message, and {there} in the model here"
-            )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+    _fill(dict(model.named_buffers()) | dict(model.named_parameters()), tensors)
 
 
 @contextmanager
@@ -47,19 +35,31 @@ def lent(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     Buffers, such as running means of a BatchNorm, are put back, too: one site's never reach the
     next.
     """
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if n in tensors}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    changing = [*buffers.values(), *(p for name, p in parameters.items() if name in tensors)]
+    before = [(tensor, tensor.detach().clone()) for tensor in changing]
     modes = [(module, module.training) for module in model.modules()]
-    load_shared(model, tensors)
+    _fill(buffers | parameters, tensors)
     try:
         yield
     finally:
-        load_shared(model, before)
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for tensor, value in before:
+                tensor.copy_(value)
         for module, training in modes:
             module.training = training
+
+
+def _fill(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name not in places or places[name].shape != tensor.shape:
+            there = list(places[name].shape) if name in places else "absent"
+            raise FederationError(
+                f"{name} is {list(tensor.shape)} in the message, and {there} in the model here"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor)
 
 
 @contextmanager

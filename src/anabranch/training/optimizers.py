@@ -23,6 +23,8 @@ def build_optimizer(options: TrainOptions, parameters: Parameters) -> Optimizer:
         {"params": matrices, "weight_decay": options.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if not options.weight_decay:  # for a small model every call of a group's kernels counts
+        groups = [{"params": list(parameters.values()), "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, foreach=True)

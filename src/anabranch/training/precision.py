@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -42,8 +42,9 @@ class MixedPrecision:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass."""
-        lower = self.dtype != torch.float32
-        return torch.autocast(self._device.type, self.dtype if lower else None, enabled=lower)
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._device.type, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, scaled until :meth:`unscale`."""

@@ -175,11 +175,13 @@ class Trainer(Generic[Item]):
             raise DataError("a step needs at least one item")
         began = time.perf_counter()
         self.step_items = items
-        self.model.train()
+        if not all(module.training for module in self.model.modules()):
+            self.model.train()
         for hook in self.hooks:
             hook.before_step(self)
         lr = set_lr_factor(self.optimizer, self._lr_factor(self.steps_done))
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.trainable.values():
+            parameter.grad = None
         return BegunStep(items, lr, began)
 
     def finish_step(

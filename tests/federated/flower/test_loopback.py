@@ -6,6 +6,8 @@ Slow, because Flower starts a process for every message.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -52,6 +54,31 @@ def test_two_clients_and_two_rounds(tmp_path: Path, insecure: bool) -> None:
     secrets = [*folder.rglob("node.pem"), *folder.rglob("key.pem")]
     assert len(secrets) == (0 if insecure else 3)
     assert all(secret.stat().st_mode & 0o077 == 0 for secret in secrets)
+
+
+def test_nothing_stays_when_its_process_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib\n"
+        "from anabranch.federated.runtimes.flower import Deployment\n"
+        "place = pathlib.Path(sys.argv[1])\n"
+        "with Deployment(place / 'flower', [{'index': 0}], insecure=True) as flower:\n"
+        "    run = flower.run(place / 'app', {'output': str(place / 'out.json')})\n"
+        "    while not list(place.rglob('residents/*.pid')):\n"
+        "        time.sleep(0.1)\n"
+        "    print('there', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    write_app(tmp_path / "app")
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == "there\n"
+        started = processes_of(tmp_path)
+        assert len(started) >= 4  # it, SuperLink, SuperNode and resident
+        owner.kill()
+        owner.wait()
+    _, left = psutil.wait_procs(started, timeout=60)
+    assert not left
+    assert not [p for p in processes_of(tmp_path) if p.pid not in {s.pid for s in started}]
 
 
 def test_an_app_that_fails_says_why(tmp_path: Path) -> None:

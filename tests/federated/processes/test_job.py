@@ -52,8 +52,8 @@ def test_the_runtime_is_a_key_of_the_job(file: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["runtime=threads"], "'simulation', 'processes' or 'flower'"),
-        (["workers=2"], "workers are for runtime: processes"),
+        (["runtime=threads"], "'simulation', 'processes', 'ray' or 'flower'"),
+        (["workers=2"], "workers are for runtime: processes or ray"),
         (["runtime=processes", "workers=0"], "workers"),
         (["runtime=processes", "devices=log_uniform"], "as fast as they are"),
     ],

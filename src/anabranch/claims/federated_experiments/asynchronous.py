@@ -31,11 +31,15 @@ STEPS = 100
 """Of a task; FedCompass gives 20 to 100."""
 BATCH = 32
 LR = 0.1
+TUNED = {"FedAvg": 0.3, "FedAsync": 0.6, "FedBuff, 3": 0.6, "FedFix": 0.6, "FedCompass": 0.3}
+"""Local rates on log-uniform devices."""
 JITTER = 0.05
 TARGET = 0.9
 HORIZON = 15.0
 """Virtual seconds, in which a device of mean speed does 1,500 steps."""
-SEEDS = 3
+LONG_HORIZON = 60.0
+"""On log-uniform devices, of which the slowest needs up to 10 seconds for a task."""
+SEEDS, LOG_UNIFORM_SEEDS = 3, 5
 
 Curve = Sequence[tuple[float, float]]
 """Seconds and accuracy of each version."""
@@ -55,9 +59,10 @@ def normal(count: int, seed: int) -> list[DeviceProfile]:
     return _devices(np.maximum(drawn, 0.1))
 
 
-def linked(count: int, seed: int) -> list[DeviceProfile]:
-    """Speeds and links are spread over orders of magnitude: much of the time goes to sending."""
-    return log_uniform(count, seed, seconds_per_unit=(0.005, 0.05))
+def log_uniform_times(count: int, seed: int) -> list[DeviceProfile]:
+    """They are spread evenly over an order of magnitude, 1 to 10; nothing but work takes time."""
+    drawn = log_uniform(count, seed, seconds_per_unit=(1 / STEPS, 10 / STEPS))
+    return _devices(np.array([device.seconds_per_unit * STEPS for device in drawn]))
 
 
 Population = Callable[[int, int], list[DeviceProfile]]
@@ -66,52 +71,78 @@ Population = Callable[[int, int], list[DeviceProfile]]
 def fedfix(seed: int, progress: Progress) -> Measurement:
     """FedFix against FedAvg, FedAsync, and itself without correction."""
     methods = {
-        "FedAvg": FedAvg(),
+        "FedAvg": FedAvg(weighting="uniform"),
         "FedAsync": FedAsync(),
-        "FedFix": FedFix(),
-        "FedFix, equal weights": FedFix(weights="equal"),
+        "FedFix": FedFix(importance="uniform"),
+        "FedFix, equal weights": FedFix(weights="equal", importance="uniform"),
     }
-    populations: dict[Population, int] = {exponential: SEEDS, linked: 1}
-    found = _measure(methods, populations, seed, progress)
+    found = _Found()
+    _measure(found, methods, exponential, seed, within(progress, 0.0, 0.7))
+    del methods["FedFix, equal weights"]
+    _measure(found, methods, log_uniform_times, seed, within(progress, 0.7, 1.0))
     seconds, jitter = found.seconds["exponential"], found.jitter["exponential"]
+    spread = found.seconds["log_uniform_times"]
+    checks = {
+        "exponential_0.7_of_fedavg": seconds["FedFix"] <= 0.7 * seconds["FedAvg"],
+        "exponential_0.85_of_equal_weights": seconds["FedFix"]
+        <= 0.85 * seconds["FedFix, equal weights"],
+        "exponential_jitter_0.6_of_fedasyncs": jitter["FedFix"] <= 0.6 * jitter["FedAsync"],
+        **_ahead("FedFix", spread),
+    }
     return Measurement(
-        figures={**found.figures(), "accuracy_jitter": found.jitter},
-        holds=seconds["FedFix"] <= 0.7 * seconds["FedAvg"]
-        and seconds["FedFix"] <= 0.85 * seconds["FedFix, equal weights"]
-        and jitter["FedFix"] <= 0.6 * jitter["FedAsync"],
-        seeds=tuple(range(seed, seed + SEEDS)),
-        note=_NOTE,
-        plots=(_plot(found.curves["exponential"]),),
+        figures={**checks, **found.figures(), "accuracy_jitter": {"exponential": jitter}},
+        holds=all(checks.values()),
+        seeds=tuple(range(seed, seed + LOG_UNIFORM_SEEDS)),
+        note=_NOTE + " FedFix and FedAvg weigh clients the same here, as the paper's code does; "
+        "measured before by examples, where jitter was 0.080 against FedAsync's 0.007.",
+        plots=(_plot(found.curves["log_uniform_times"]),),
     )
 
 
 def fedcompass(seed: int, progress: Progress) -> Measurement:
     """FedCompass against FedAvg, FedAsync and FedBuff."""
     methods = {
-        "FedAvg": FedAvg(),
+        "FedAvg": FedAvg(weighting="uniform"),
         "FedAsync": FedAsync(),
         "FedBuff, 3": FedBuff(size=3),
-        "FedCompass": FedCompass(latest_factor=1.2, max_steps=STEPS, min_steps=STEPS // 5),
+        "FedCompass": FedCompass(
+            importance="uniform", latest_factor=1.2, max_steps=STEPS, min_steps=STEPS // 5
+        ),
     }
-    populations: dict[Population, int] = {exponential: SEEDS, normal: SEEDS, linked: 1}
-    found = _measure(methods, populations, seed, progress, only_target=True)
+    found = _Found()
+    _measure(found, methods, exponential, seed, within(progress, 0.0, 0.3), only_target=True)
+    _measure(found, methods, normal, seed, within(progress, 0.3, 0.6), only_target=True)
+    _measure(found, methods, log_uniform_times, seed, within(progress, 0.6, 1.0))
     even, uneven = found.seconds["normal"], found.seconds["exponential"]
+    checks = {
+        "normal_0.9_of_fedavg": even["FedCompass"] <= 0.9 * even["FedAvg"],
+        "exponential_0.7_of_fedavg": uneven["FedCompass"] <= 0.7 * uneven["FedAvg"],
+        **_ahead("FedCompass", found.seconds["log_uniform_times"]),
+    }
     return Measurement(
-        figures=found.figures(),
-        holds=even["FedCompass"] <= 0.9 * even["FedAvg"]
-        and uneven["FedCompass"] <= 0.7 * uneven["FedAvg"],
-        seeds=tuple(range(seed, seed + SEEDS)),
+        figures={**checks, **found.figures()},
+        holds=all(checks.values()),
+        seeds=tuple(range(seed, seed + LOG_UNIFORM_SEEDS)),
         note=_NOTE,
-        plots=(_plot(found.curves["exponential"]),),
+        plots=(_plot(found.curves["log_uniform_times"]),),
     )
 
 
+def _ahead(name: str, seconds: Seconds) -> dict[str, bool]:
+    return {
+        f"log_uniform_before_{other.lower()}": seconds[name] < seconds[other]
+        for other in ("FedAvg", "FedAsync")
+    }
+
+
 _NOTE = (
-    f"Time is virtual and exact. A run that never reached {TARGET:.0%} counts as the horizon of "
-    f"{HORIZON:g} s, which flatters it. FedAvg weights by examples, FedAsync and FedBuff uniformly "
-    "as in their papers; every method has the same local rate. 'linked' devices, on one seed, have "
-    "slow links too. The first form of this experiment had only such devices, with 50 steps a "
-    "task, and asked to be ahead of FedAsync, which neither FedCompass nor FedFix was."
+    f"Time is virtual and exact. A run that never reached {TARGET:.0%} counts as the horizon, "
+    f"{HORIZON:g} s or on log-uniform devices {LONG_HORIZON:g} s, which flatters it. Clients weigh "
+    "the same everywhere. Exponential and normal times: one local rate for all, 0.1, and 3 seeds. "
+    "Log-uniform times, 5 seeds: the best of three rates for each method on seeds 10 and 11 (0.1, "
+    "0.3, 0.6), of FedAsync also 0.9 and 0.3 of a reply. The first form of this experiment had "
+    "devices with slow links, 50 steps a task and one rate, and asked to be ahead of FedAsync, "
+    "which neither FedCompass nor FedFix was; the second left that out."
 )
 
 
@@ -126,7 +157,9 @@ class _Found:
         """To the target, by population."""
         return {
             population: {
-                name: round(mean(min(_seconds_to_target(c), HORIZON) for c in curves), 2)
+                name: round(
+                    mean(min(_seconds_to_target(c), _horizon(population)) for c in curves), 2
+                )
                 for name, curves in methods.items()
             }
             for population, methods in self.curves.items()
@@ -160,33 +193,47 @@ class _Found:
 
 
 def _measure(
+    found: _Found,
     methods: Mapping[str, Strategy],
-    populations: Mapping[Population, int],
+    population: Population,
     seed: int,
     progress: Progress,
     only_target: bool = False,
-) -> _Found:
-    """Every method on as many seeds as each population says."""
-    found = _Found()
-    share = 1 / (sum(populations.values()) * len(methods))
-    done = 0
-    for population, seeds in populations.items():
-        curves = found.curves[population.__name__] = {name: [] for name in methods}
-        for number in range(seeds):
-            for name, strategy in methods.items():
-                stage = within(progress, done * share, (done + 1) * share)
-                stage(f"{name}, {population.__name__} devices, seed {seed + number}", 0.0)
-                curves[name].append(_run(strategy, population, seed + number, only_target))
-                done += 1
-    return found
+) -> None:
+    """Every method on every seed. On log-uniform devices always to the target only."""
+    tuned = population is log_uniform_times
+    seeds = LOG_UNIFORM_SEEDS if tuned else SEEDS
+    curves = found.curves[population.__name__] = {name: [] for name in methods}
+    for number in range(seeds):
+        for index, (name, strategy) in enumerate(methods.items()):
+            done = (number * len(methods) + index) / (seeds * len(methods))
+            progress(f"{name}, {population.__name__} devices, seed {seed + number}", done)
+            curves[name].append(
+                _run(
+                    strategy,
+                    population,
+                    seed + number,
+                    lr=TUNED[name] if tuned else LR,
+                    horizon=_horizon(population.__name__),
+                    only_target=tuned or only_target,
+                )
+            )
 
 
-def _run(strategy: Strategy, population: Population, seed: int, only_target: bool) -> Curve:
+def _run(
+    strategy: Strategy,
+    population: Population,
+    seed: int,
+    *,
+    lr: float,
+    horizon: float,
+    only_target: bool,
+) -> Curve:
     """Until the horizon, or until the target is reached."""
     labels = digits.images()[0].labels.tolist()
     split = splits.dirichlet(labels, CLIENTS, ALPHA, min_size=10, seed=seed)
     model = digits.perceptron(seed)
-    until = _Until(strategy.schedule(10**6), HORIZON)
+    until = _Until(strategy.schedule(10**6), horizon)
     measure = digits.watch(model)
 
     def watch(made: Coordinator) -> Mapping[str, float]:
@@ -197,13 +244,17 @@ def _run(strategy: Strategy, population: Population, seed: int, only_target: boo
 
     federation = strategy.simulate(
         model,
-        digits.local(lr=LR, batch=BATCH, steps=STEPS),
+        digits.local(lr=lr, batch=BATCH, steps=STEPS),
         digits.sites(split, population(CLIENTS, seed)),
         schedule=until,
         seed=seed,
         watch=watch,
     )
     return [(row["seconds"], row["accuracy"]) for row in federation.run().history]
+
+
+def _horizon(population: str) -> float:
+    return LONG_HORIZON if population == log_uniform_times.__name__ else HORIZON
 
 
 def _devices(seconds: np.ndarray) -> list[DeviceProfile]:

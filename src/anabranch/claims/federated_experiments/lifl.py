@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from anabranch.claims.base import Measurement
@@ -31,14 +32,16 @@ PER_LEAF = 8
 REPEATS = 3
 """The fastest of them counts, on both sides: other work only ever makes them slower."""
 ARRIVALS, OVER_S, ARRIVALS_MB = 16, 4.0, 45
-CLIENTS, CLIENT_MB = 64, 25
-"""``measure(megabytes=100)`` takes 6.4 GB of memory, and as much of /dev/shm."""
+CLIENTS, CLIENT_MB, SMALL_MB = 64, 100, 25
+"""All updates are in memory at once; a machine without room for those of 100 MB gets 25."""
 WORKERS = 2
 MEMORY = 2 * 10**9
 
 
-def measure(seed: int, progress: Progress, megabytes: int = CLIENT_MB) -> Measurement:
+def measure(seed: int, progress: Progress) -> Measurement:
     """Everything, one after the other."""
+    roomy = psutil.virtual_memory().available > 1.5 * CLIENTS * CLIENT_MB * MB
+    megabytes = CLIENT_MB if roomy else SMALL_MB
     progress("passing updates on", 0.0)
     passing = {f"{size} MB": pass_on(size, seed) for size in SIZES_MB}
     progress("eager and lazy", 0.25)
@@ -55,7 +58,7 @@ def measure(seed: int, progress: Progress, megabytes: int = CLIENT_MB) -> Measur
     faster = {size: round(t["pipe"] / t["shared memory"], 2) for size, t in passing.items()}
     eager = arriving["eager"]["seconds"] / arriving["lazy"]["seconds"]
     warm = rounds["second"] / rounds["first"]
-    theirs, ours = clients.values()
+    theirs, ours = (side["aggregation"] for side in clients.values())
     speed, cpu = theirs["seconds"] / ours["seconds"], ours["cpu"] / theirs["cpu"]
     return Measurement(
         figures={
@@ -81,10 +84,10 @@ def measure(seed: int, progress: Progress, megabytes: int = CLIENT_MB) -> Measur
         "from the first arrival to the mean; nobody can save the four seconds of arrivals. A cold "
         "aggregator imports NumPy only and starts in a fraction of a second, so that a warm one "
         "saves less than where starts take seconds. For the 64 clients all processes of both sides "
-        "run, and every update is where training left it: in its client's memory, or in the store "
-        "(seconds_to_write_them_before). Both check each update for NaN and add in float32. A "
-        "loopback socket into warm buffers costs about as much as the addition itself, so that "
-        "twice as fast is out of reach where nothing is serialised.",
+        "run and all memory is warm. Training's last step writes every update where its client "
+        "keeps it, in its own memory or in the store, which takes as long on both sides (writing) "
+        "and is not part of the aggregation. Then each is checked for NaN and added in float32, by "
+        "the same code. Sockets read and write every update twice more.",
     )
 
 
@@ -174,7 +177,7 @@ def placement_holds(placement: Mapping[str, Mapping[str, Mapping[str, int]]]) ->
     return nodes == [(1, 5), (3, 5), (5, 5)] and all(spared)
 
 
-def by_sockets(megabytes: int, seed: int) -> dict[str, float]:
+def by_sockets(megabytes: int, seed: int) -> dict[str, dict[str, float]]:
     """A process for each client, connected; the server has as many threads as we have workers."""
     elements = megabytes * MB // 4
     server = socket.create_server(("127.0.0.1", 0), backlog=CLIENTS)
@@ -191,13 +194,14 @@ def by_sockets(megabytes: int, seed: int) -> dict[str, float]:
             links.append((int.from_bytes(link.recv(4, socket.MSG_WAITALL), "little"), link))
         buffers = [np.empty(elements, np.float32) for _ in range(WORKERS)]
         sums = [aggregators.Sum(np.empty(elements, np.float32)) for _ in range(WORKERS)]
-        used_before, rounds = collect(links, buffers, sums), []
-        for _ in range(REPEATS):
-            began, cpu = time.perf_counter(), processor()
-            used = collect(links, buffers, sums)
-            seconds = time.perf_counter() - began
-            rounds.append({"seconds": seconds, "cpu": processor() - cpu + used - used_before})
-            used_before = used
+        meter, rounds = Meter(), []
+        for _ in range(1 + REPEATS):
+            for _, link in links:
+                link.sendall(b"w")
+            used = sum(float(link.recv(32, socket.MSG_WAITALL)) for _, link in links)
+            writing = meter.read(used)
+            used_after = collect(links, buffers, sums)
+            rounds.append({"writing": writing, "aggregation": meter.read(used_after)})
     finally:
         for _, link in links:
             link.close()
@@ -205,7 +209,7 @@ def by_sockets(megabytes: int, seed: int) -> dict[str, float]:
             process.kill()
             process.wait()
         server.close()
-    return {key: round(min(row[key] for row in rounds), 3) for key in ("seconds", "cpu")}
+    return fastest(rounds)
 
 
 def collect(
@@ -217,19 +221,19 @@ def collect(
 
     Buffers and sums are there already: fresh memory would cost more than the sockets do.
     """
-    layout = Layout.of({"x": torch.empty(len(buffers[0]))})
     used = [0.0] * len(links)
 
     def serve(mine: int) -> None:
         sums[mine].count = 0
         buffer = buffers[mine].data.cast("B")
+        runs = (("f32", len(buffers[mine])),)
         for number, link in links[mine :: len(buffers)]:
-            link.sendall(b"!")
+            link.sendall(b"s")
             got = 0
             while got < len(buffer):
                 got += link.recv_into(buffer[got:])
-            layout.check_finite(str(number), buffer)
-            sums[mine].fold(buffer, layout.runs, number + 1)
+            bad = sums[mine].fold([aggregators.Addend(buffer, runs, number + 1)])
+            require(not bad, "all updates are finite")
             used[number] = float(link.recv(32, socket.MSG_WAITALL))
 
     threads = [threading.Thread(target=serve, args=(n,)) for n in range(len(buffers))]
@@ -244,19 +248,20 @@ def collect(
     return sum(used)
 
 
-def by_shared_memory(megabytes: int, seed: int) -> dict[str, float]:
+def by_shared_memory(megabytes: int, seed: int) -> dict[str, dict[str, float]]:
     """Workers that serve many clients each, and whose clients' updates are in the store."""
     elements = megabytes * MB // 4
     names = [str(n) for n in range(CLIENTS)]
     like = {"x": torch.empty(elements)}
     header = Layout.of(like).header
     memory = int(1.2 * CLIENTS * megabytes * MB)
-    options: Any = {"fan_in": PER_LEAF, "memory": memory, "accumulate": "f32"}
+    options: Any = {"fan_in": CLIENTS // WORKERS, "memory": memory, "accumulate": "f32"}
     with Hierarchy({"here": CLIENTS}, **options) as hierarchy:
         gateway = hierarchy.nodes["here"].gateway
         address = gateway.listen()
         context = multiprocessing.get_context("spawn")
-        pipes, rounds = [], []
+        pipes: list[Connection] = []
+        meter, rounds = Meter(), []
         for worker in range(WORKERS):
             pipe, theirs = context.Pipe()
             given = (theirs, address, gateway.token, header, names[worker::WORKERS], elements, seed)
@@ -265,23 +270,22 @@ def by_shared_memory(megabytes: int, seed: int) -> dict[str, float]:
             pipes.append(pipe)
         for _ in range(1 + REPEATS):
             round_ = hierarchy.begin(like, names)
-            writing = time.perf_counter()
-            for pipe in pipes:
-                pipe.send("write")
-            used_before = sum(pipe.recv() for pipe in pipes) + hierarchy.cpu_seconds
-            began, cpu = time.perf_counter(), processor()
-            for pipe in pipes:
-                pipe.send("hand over")
-            used = sum(pipe.recv() for pipe in pipes)
+            writing = meter.read(hierarchy.cpu_seconds + sum(tell(pipes, "write")))
+            used = sum(tell(pipes, "hand over"))
             total = round_.result()
-            seconds = time.perf_counter() - began
-            used += processor() - cpu + hierarchy.cpu_seconds - used_before
-            rounds.append({"seconds": seconds, "cpu": used, "before": began - writing})
+            aggregation = meter.read(hierarchy.cpu_seconds + used)
+            rounds.append({"writing": writing, "aggregation": aggregation})
             check_mean(float(total.sums["x"][0]))
         for pipe in pipes:
             pipe.close()
-    found = {key: round(min(row[key] for row in rounds[1:]), 3) for key in rounds[0]}
-    return {"seconds_to_write_them_before": found.pop("before"), **found}
+    return fastest(rounds)
+
+
+def tell(pipes: Sequence[Connection], what: str) -> list[float]:
+    """Let all workers do something at once; their processor seconds."""
+    for pipe in pipes:
+        pipe.send(what)
+    return [pipe.recv() for pipe in pipes]
 
 
 def bring(
@@ -295,23 +299,50 @@ def bring(
 ) -> None:
     """A worker: its clients' updates come to be in the store, then it hands them over.
 
-    After each of the two steps it answers with its processor seconds.
+    After each step it answers with its processor seconds.
     """
-    values = lifl_baselines.update(0, elements, seed)
+    noise = lifl_baselines.update(0, lifl_baselines.NOISE, seed)
     links = {name: Link(address, token) for name in names}
+    written = []
     with contextlib.suppress(EOFError):
-        while pipe.recv() == "write":
-            written = []
-            for name, link in links.items():
-                update = link.writing(name, int(name) + 1, header, values.nbytes)
-                values[0] = int(name)
-                np.frombuffer(update.__enter__(), np.float32)[:] = values
-                written.append(update)
+        while what := pipe.recv():
+            if what == "write":
+                for name, link in links.items():
+                    update = link.writing(name, int(name) + 1, header, 4 * elements)
+                    into = np.frombuffer(update.__enter__(), np.float32)
+                    lifl_baselines.train(into, int(name), noise)
+                    written.append(update)
+            elif what == "hand over":
+                for update in written:
+                    update.__exit__(None, None, None)
+                written.clear()
             pipe.send(aggregators.cpu_seconds())
-            pipe.recv()
-            for update in written:
-                update.__exit__(None, None, None)
-            pipe.send(aggregators.cpu_seconds())
+
+
+class Meter:
+    """Seconds, and processor seconds of all who take part, from reading to reading.
+
+    ``others`` are the processor seconds of other processes' lives so far; what they used before the
+    first reading is in that.
+    """
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter(), processor()
+
+    def read(self, others: float) -> dict[str, float]:
+        """Since the reading before."""
+        (began, used), self._last = self._last, (time.perf_counter(), processor() + others)
+        return {"seconds": self._last[0] - began, "cpu": self._last[1] - used}
+
+
+def fastest(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """The least of all rounds but the first, in which memory is found."""
+    return {
+        part: {
+            key: round(min(each[part][key] for each in rounds[1:]), 3) for key in rounds[0][part]
+        }
+        for part in rounds[0]
+    }
 
 
 def check_mean(first: float) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from anabranch.federated.messages import Reply, Task
 from anabranch.federated.node import Agreement
+from anabranch.federated.result import Clock
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ class Runtime(ABC):
     """Carries tasks to clients and brings back what happens.
 
     A runtime keeps nothing that the coordinator does not know: after a crash it is given the tasks
-    and timers again.
+    and timers again. ``clock`` says whose time :meth:`next_input` tells.
     """
+
+    clock: ClassVar[Clock] = "real"
 
     @abstractmethod
     def open(self, agreement: Agreement, resumed: float | None = None) -> None:

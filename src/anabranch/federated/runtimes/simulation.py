@@ -12,13 +12,14 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from anabranch.errors import ConfigurationError
 from anabranch.federated.clock import DeviceProfile
 from anabranch.federated.messages import Reply, Task
 from anabranch.federated.node import Agreement, Node
 from anabranch.federated.randomness import generator
+from anabranch.federated.result import Clock
 from anabranch.federated.runtimes.base import (
     Arrived,
     ClientJoined,
@@ -60,6 +61,8 @@ class Simulation(Runtime):
     ``strict`` lets errors of a method's own code through instead of counting a failed client.
     ``order`` arranges the tasks that were sent at one time before they run; it must not matter.
     """
+
+    clock: ClassVar[Clock] = "virtual"
 
     def __init__(
         self,

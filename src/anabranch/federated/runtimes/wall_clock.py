@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import heapq
+import math
 import queue
 import time
 from abc import abstractmethod
+from collections.abc import Sequence
 
+from anabranch.errors import ConfigurationError
 from anabranch.federated.node import Agreement
 from anabranch.federated.runtimes.base import Fired, Input, Runtime, Timed
+from anabranch.federated.runtimes.simulation import Site
 
 LOOK_AROUND_S = 0.5
 """How often a runtime that waits asks whether anything can still happen."""
+
+
+def by_name(sites: Sequence[Site]) -> dict[str, Site]:
+    """The sites of such a runtime; :class:`ConfigurationError` if they need virtual time."""
+    found = {site.name: site for site in sites}
+    if len(found) != len(sites):
+        raise ConfigurationError("two sites have the same name")
+    for site in sites:
+        if site.joins or site.leaves != math.inf:
+            raise ConfigurationError(
+                f"site {site.name} joins or leaves at a virtual time; use Simulation for that"
+            )
+    return found
 
 
 class WallClock(Runtime):

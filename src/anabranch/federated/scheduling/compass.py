@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from anabranch.federated.events import (
 from anabranch.federated.messages import Work
 from anabranch.federated.scheduling.base import Schedule, View
 from anabranch.federated.server import Update
+
+logger = logging.getLogger(__name__)
 
 FASTEST = 1e-9
 """Seconds per step below which nothing is measured."""
@@ -125,8 +128,15 @@ class Compass(Schedule):
 
     def _arrive(self, event: Replied, fed: View) -> list[Action]:
         client = event.client
-        # The client says how much it did, which need not be what it was told to.
-        done = event.units if event.units > 0 else self.steps[client]
+        told = self.steps[client]
+        done = event.units if event.units > 0 else told
+        if done != told:
+            logger.warning(
+                "%s did %g steps and not the %d that it was given; it is as fast as what it did",
+                client,
+                done,
+                told,
+            )
         measured = max((fed.now() - event.sent) / done, FASTEST)
         before = self.speeds.get(client, measured)
         self.speeds[client] = before + self.speed_momentum * (measured - before)

@@ -43,9 +43,9 @@ class FedSB(Strategy):
     best rank-r form of a first step ``-init_lr * sign(G)``:
 
     - ``federated``: the first version is made of the clients' gradients G, each over
-      ``init_samples`` of its examples (a private batch where training is private). A client sends
-      a ``low_rank`` ``sketch`` of 2 r columns, or whole where that is less, or counts of ``signs``,
-      a byte a weight. B and A then go to every client once.
+      ``init_samples`` of its examples (a private batch where training is private); B and A are much
+      worse of few. A client sends a ``low_rank`` ``sketch`` of 2 r columns, or whole where that is
+      less, or counts of ``signs``, a byte a weight. B and A then go to every client once.
     - ``public``: those of the server's model, which :func:`~anabranch.adapters.lora_sb.initialise`
       has made from examples of its own; they go to every client once.
     - ``random``: drawn by the adapter's seed, the same everywhere; R begins at zero. Much weaker.
@@ -64,7 +64,7 @@ class FedSB(Strategy):
     def __init__(
         self,
         init: Init = "federated",
-        init_samples: int = 12,
+        init_samples: int = 128,
         init_lr: float = 1e-3,
         sketch: Sketch = "low_rank",
         weighting: Weighting = "examples",

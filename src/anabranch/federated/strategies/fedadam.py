@@ -19,7 +19,7 @@ class FedAdam(FedAvg):
 
     Use it where FedAvg's progress is slow or uneven over parameters. ``server_lr`` is Adam's rate
     and needs tuning, ``tau`` bounds how far small changes are blown up. The other options are
-    FedAvg's.
+    FedAvg's, but ``momentum``, which is ``beta1`` here.
 
     Moments are not corrected for their start, as in the paper; the second begins at ``tau ** 2``.
     """
@@ -34,6 +34,8 @@ class FedAdam(FedAvg):
         tau: float = 1e-3,
         **options: Any,
     ) -> None:
+        if "momentum" in options:
+            raise ConfigurationError("FedAdam has momentum: it is beta1")
         super().__init__(server_lr=server_lr, **options)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= beta < 1:

@@ -30,8 +30,9 @@ class FedAvg(Strategy):
     ``upload``: clients send what changed (``delta``), which a codec can shrink and which may be
     late, or their ``weights``, for rounds with a barrier only: then one client alone gives exactly
     what it trained. ``weighting``: by ``examples``, or ``uniform``. ``rule`` replaces the mean.
-    ``server_lr`` multiplies the change. An update that is u versions old counts ``(1 + u) **
-    -staleness`` (FedBuff, Nguyen et al. 2022).
+    ``server_lr`` multiplies the change, ``momentum`` is the server's (Hsu et al. 2019): a version
+    also moves by that share of what the version before moved by. An update that is u versions old
+    counts ``(1 + u) ** -staleness`` (FedBuff, Nguyen et al. 2022).
     """
 
     name = "fedavg"
@@ -44,6 +45,7 @@ class FedAvg(Strategy):
         server_lr: float = 1.0,
         staleness: float = 0.5,
         rule: Rule | None = None,
+        momentum: float = 0.0,
     ) -> None:
         rule = rule or Mean()
         if upload not in ("delta", "weights"):
@@ -54,11 +56,14 @@ class FedAvg(Strategy):
             raise ConfigurationError(f"server_lr is above 0, not {server_lr}")
         if not staleness >= 0:
             raise ConfigurationError(f"staleness is an exponent of at least 0, not {staleness}")
+        if not 0 <= momentum < 1:
+            raise ConfigurationError(f"momentum is from 0 to below 1, not {momentum}")
         if rule.needs_differences and upload == "weights":
             raise ConfigurationError(f"{rule.name} combines differences: use upload=delta")
         self.upload: Upload = upload
         self.weighting: Weighting = weighting
         self.server_lr, self.staleness, self.rule = server_lr, staleness, rule
+        self.momentum = momentum
 
     def server(self, start: Mapping[str, Tensor]) -> Server:
         """Averages."""
@@ -81,6 +86,8 @@ class FedAvgServer(Server):
         self.tensors = dict(start)
         """The present version. Replaced as a whole, never changed."""
         self.associative = options.rule.associative
+        self.velocity = zeros_like(start) if options.momentum else {}
+        """What the last version moved by."""
 
     def settings(self) -> dict[str, Any]:
         """The method's."""
@@ -117,7 +124,8 @@ class FedAvgServer(Server):
     def commit(self, acc: Accumulator) -> Mapping[str, float]:
         """Move by the combined change; scores of the clients, if the rule gives any."""
         combined = self.options.rule.finish(acc)
-        if self.options.upload == "weights" and self.options.server_lr == 1 and self.plain:
+        o = self.options
+        if o.upload == "weights" and o.server_lr == 1 and not o.momentum and self.plain:
             self.tensors = combined.tensors
         else:
             self.tensors = self.step(self._change(combined))
@@ -129,7 +137,11 @@ class FedAvgServer(Server):
 
     def step(self, change: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The next version from the combined change."""
-        return {name: x + self.options.server_lr * change[name] for name, x in self.tensors.items()}
+        moved = {name: self.options.server_lr * x for name, x in change.items()}
+        if self.options.momentum:
+            moved = {n: self.options.momentum * v + moved[n] for n, v in self.velocity.items()}
+            self.velocity = moved
+        return {name: x + moved[name] for name, x in self.tensors.items()}
 
     def _change(self, combined: Combined) -> dict[str, Tensor]:
         if self.options.upload == "delta":
@@ -137,12 +149,12 @@ class FedAvgServer(Server):
         return {name: tensor - self.tensors[name] for name, tensor in combined.tensors.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The present version."""
-        return {"tensors": self.tensors}
+        """The present version and the momentum."""
+        return {"tensors": self.tensors, "velocity": self.velocity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it."""
-        self.tensors = state["tensors"]
+        """Restore them."""
+        self.tensors, self.velocity = state["tensors"], state["velocity"]
 
 
 class LocalClient(Client):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 
 from anabranch.errors import ConfigurationError
@@ -24,8 +25,8 @@ from anabranch.federated.errors import AggregationError
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 16
-"""Inputs that an aggregator is told of before it has added the first of them."""
+MOST_AT_ONCE = 16
+"""Inputs that an aggregator adds in one pass over its sum."""
 MOST_RESTARTS = 3
 """Deaths of aggregators in one slot, after which the round is given up."""
 
@@ -133,10 +134,10 @@ class Agent:
             return
         if slot.process is None and not self._man(slot):
             return
-        while slot.sent < min(len(slot.inputs), slot.added + WINDOW):
-            given = slot.inputs[slot.sent]
-            slot.sent += 1
-            self._tell(slot, "fold", str(self.store.path(given.key)), given.runs, given.factor)
+        # What comes while it is busy piles up, and is added in one pass.
+        if waiting := slot.inputs[slot.sent :][:MOST_AT_ONCE] if slot.sent == slot.added else []:
+            slot.sent += len(waiting)
+            self._tell(slot, "fold", [self._place(given) for given in waiting])
         added = slot.added == len(slot.inputs) and slot.copying is None
         if slot.complete and added and not slot.sealing:
             slot.sealing = True
@@ -154,8 +155,9 @@ class Agent:
             return False
         slot.process, process.slot = process, slot
         slot.sent, slot.added, slot.sealing = 0, 0, False
-        slot.draft = self.store.new_key()
-        self._tell(slot, "begin", str(self.store.path(slot.draft)), *_shape(slot))
+        elements, kind = _shape(slot)
+        slot.draft = self.store.draft(elements * aggregator.TYPES[kind])
+        self._tell(slot, "begin", str(self.store.path(slot.draft)), elements, kind)
         return True
 
     def _start(self) -> Process:
@@ -175,6 +177,10 @@ class Agent:
         self._waker.send(b"x")
         return process
 
+    def _place(self, given: Input) -> tuple[str, aggregator.Runs, float, bool]:
+        suspect = given.client is not None
+        return str(self.store.path(given.key)), given.runs, given.factor, suspect
+
     def _tell(self, slot: Slot, *message: object) -> None:
         assert slot.process is not None
         with contextlib.suppress(OSError):  # it died; the thread that listens will see
@@ -188,7 +194,7 @@ class Agent:
                 if self._closing:
                     return
                 pipes = {process.pipe: process for process in self._processes}
-                idle = any(process.slot is None for process in self._processes)
+                idle = any(process.slot is None for process in self._processes) or self.store.spare
             ready = wait([*pipes, self._wake], timeout=max(self.keep_alive, 0.05) if idle else None)
             with self.lock:
                 if self._closing:
@@ -213,10 +219,13 @@ class Agent:
         if slot is None:
             return
         if what == "folded":
-            slot.added += 1
-            self.counters.added += 1
-            self.counters.seconds += details[0]
+            count, seconds, _ = details
+            slot.added += count
+            self.counters.added += count
+            self.counters.seconds += seconds
             self._go_on(slot)
+        elif what == "spoiled":
+            self._on_spoiled(slot, details[0])
         elif what == "copied":
             self._on_copy(slot)
         elif what == "sealed":
@@ -231,6 +240,19 @@ class Agent:
         made, slot.draft = self._sum_of(slot.draft, slot), None
         self._close(slot)
         slot.done(made)
+
+    def _on_spoiled(self, slot: Slot, bad: Mapping[int, int]) -> None:
+        """Some of the inputs that were added last are not finite; the others are added again."""
+        assert slot.process is not None
+        slot.process.running.kill()  # with its sum; what it was told meanwhile is void, too
+        self._leave(slot, slot.process)
+        for number, count in sorted(bad.items(), reverse=True):
+            given = slot.inputs.pop(slot.added + number)
+            self.store.release(given.key)
+            slot.arrived -= 1
+            slot.expected -= 1
+            slot.refused(given, count)
+        self.expect(slot, slot.expected)
 
     def _on_copy(self, slot: Slot) -> None:
         assert slot.copying is not None
@@ -254,12 +276,11 @@ class Agent:
 
     def _on_death(self, process: Process) -> None:
         slot = process.slot
-        self._bury(process)
         if slot is None or slot.closed:
+            self._bury(process)
             return
+        self._leave(slot, process)
         slot.deaths += 1
-        self._forget_draft(slot)
-        slot.process = None
         reason = f"the aggregator of {slot.name} died (exit code {process.running.returncode})"
         if slot.deaths > MOST_RESTARTS:
             self._close(slot)
@@ -268,6 +289,12 @@ class Agent:
         logger.warning("%s; another one begins with its %d inputs", reason, len(slot.inputs))
         self.counters.restarts += 1
         self._go_on(slot)
+
+    def _leave(self, slot: Slot, process: Process) -> None:
+        """A slot has lost its process, and what that had added up counts for nothing."""
+        self._bury(process)
+        self._forget_draft(slot)
+        slot.process = None
 
     def _close(self, slot: Slot) -> None:
         """A slot is over: its inputs are freed, its process is free."""
@@ -283,10 +310,9 @@ class Agent:
         self._waker.send(b"x")  # there may be an idle process to watch
 
     def _forget_draft(self, slot: Slot) -> None:
-        """What a dead aggregator had added up counts for nothing."""
         for key in (slot.draft, slot.copying and slot.copying[0]):
             if key is not None:
-                self.store.path(key).unlink(missing_ok=True)
+                self.store.discard(key)
         slot.draft = slot.copying = None
 
     def _relieve(self) -> None:
@@ -302,16 +328,18 @@ class Agent:
                 return
             size = sum(self.store.path(g.key).stat().st_size for g in slot.inputs[: slot.added])
             elements, kind = _shape(slot)
-            if size <= elements * aggregator.TYPES[kind]:
+            own = elements * aggregator.TYPES[kind]
+            if size <= own:
                 return  # nothing would be gained
-            key = self.store.new_key()
+            key = self.store.draft(own)
             # It answers in order, so that what it was told before is in the copy, too.
             slot.copying = key, slot.sent
             self._tell(slot, "copy", str(self.store.path(key)))
 
     def _dismiss(self) -> None:
-        """Let go of aggregators that were idle for long."""
+        """Let go of aggregators, and of memory, that were idle for long."""
         now = time.monotonic()
+        self.store.trim(now - self.keep_alive)
         for process in list(self._processes):
             if process.slot is None and now - process.idle_since >= self.keep_alive:
                 with contextlib.suppress(OSError):

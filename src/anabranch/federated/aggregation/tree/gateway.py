@@ -18,7 +18,6 @@ import contextlib
 import hmac
 import json
 import mmap
-import os
 import secrets
 import socket
 import socketserver
@@ -28,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from anabranch.federated.aggregation.tree.aggregator import map_file
 from anabranch.federated.aggregation.tree.store import SharedStore
 from anabranch.federated.errors import FederationError, PayloadError, ReplyRefused
 from anabranch.federated.runtimes.processes.segments import write_all
@@ -45,7 +45,7 @@ class Desk(Protocol):
     def check(self, offer: dict[str, Any]) -> int:
         """Bytes of the values of an acceptable offer; otherwise raises."""
 
-    def take(self, offer: dict[str, Any], key: bytes, values: memoryview) -> None:
+    def take(self, offer: dict[str, Any], key: bytes) -> None:
         """The values are in the store. Raises if they cannot be used; the key is then freed."""
 
     def refuse(self, offer: dict[str, Any], error: Exception) -> None:
@@ -68,11 +68,7 @@ class Gateway:
     def put(self, offer: dict[str, Any], values: memoryview) -> None:
         """Take in values that are in this process: one copy."""
 
-        def copy(key: bytes) -> memoryview:
-            write_all(self.store.path(key), values)
-            return values
-
-        self._take_in(offer, copy)
+        self._take_in(offer, lambda key: write_all(self.store.path(key), values))
 
     def listen(self) -> str:
         """Also take in what processes of this machine offer; returns the address."""
@@ -120,16 +116,16 @@ class Gateway:
         if not hmac.compare_digest(str(offer.get("token")), self.token):
             raise PayloadError("a sender without the token")
 
-        def fetch(key: bytes) -> memoryview:
+        def fetch(key: bytes) -> None:
             if offer["local"]:
                 send(link, {"path": str(self.store.path(key))})
                 if receive(link) != {"written": True}:
                     raise PayloadError(f"{offer['client']} went away while it wrote")
-                return self.store.segments.view(key.hex())
+                return
             send(link, {"send": True})
-            values = _receive_into(link, self.store.path(key), int(offer["size"]))
-            self.received += len(values)
-            return values
+            size = int(offer["size"])
+            _receive_into(link, self.store.path(key), size)
+            self.received += size
 
         try:
             self._take_in(offer, fetch)
@@ -138,15 +134,15 @@ class Gateway:
         else:
             send(link, {"done": True})
 
-    def _take_in(self, offer: dict[str, Any], fetch: Callable[[bytes], memoryview]) -> None:
-        """``fetch(key)`` writes an object and returns its values, wherever they lie."""
+    def _take_in(self, offer: dict[str, Any], write: Callable[[bytes], None]) -> None:
+        """``write(key)`` fills an object."""
         desk = self.desk()
         try:
             size = desk.check(offer)
-            with self.store.room(size) as key:
-                values = fetch(key)
+            with self.store.room(size, str(offer["client"])) as key:
+                write(key)
             try:
-                desk.take(offer, key, values)
+                desk.take(offer, key)
             except BaseException:
                 self.store.release(key)
                 raise
@@ -167,6 +163,8 @@ class Link:
         self._token = token
         self._socket = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
         self._socket.connect(address)
+        self._mapped: tuple[Path, mmap.mmap] | None = None
+        """Where the last update was written: the store gives the same place again if it can."""
 
     def deliver(self, client: str, examples: int, header: bytes, values: Any, **more: Any) -> None:
         """Send an update; returns when the gateway has it.
@@ -176,7 +174,6 @@ class Link:
         view = memoryview(values).cast("B")
         answer = self._offer(client, examples, header, len(view), more)
         if "path" in answer:
-            # Written, not mapped: half the time, since no page is zeroed before it is filled.
             write_all(Path(answer["path"]), view)
             send(self._socket, {"written": True})
         else:
@@ -187,14 +184,16 @@ class Link:
     def writing(self, client: str, examples: int, header: bytes, size: int) -> Iterator[memoryview]:
         """``size`` bytes of the store to write an update into: there is no other copy of it.
 
-        At the end the gateway has it. Only where :attr:`local`.
+        At the end the gateway has it, and nobody may write any more. What is there before does not
+        matter. Only where :attr:`local`.
         """
         answer = self._offer(client, examples, header, size, {})
         if "path" not in answer:
             raise FederationError("nobody can write into the store of another machine: deliver")
-        with Path(answer["path"]).open("wb+") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-            yield memoryview(mmap.mmap(file.fileno(), size))
+        path = Path(answer["path"])
+        if self._mapped is None or self._mapped[0] != path:
+            self._mapped = path, map_file(path, size)
+        yield memoryview(self._mapped[1])
         send(self._socket, {"written": True})
         self._expect()
 
@@ -207,6 +206,7 @@ class Link:
 
     def close(self) -> None:
         """Hang up."""
+        self._mapped = None
         self._socket.close()
 
     def _expect(self) -> dict[str, Any]:
@@ -252,15 +252,12 @@ def _exactly(link: socket.socket, count: int) -> bytes | None:
     return bytes(data)
 
 
-def _receive_into(link: socket.socket, path: Path, size: int) -> memoryview:
-    """Straight from the socket into the store's memory, as which it is returned."""
-    with path.open("wb+") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
-        view = memoryview(mmap.mmap(file.fileno(), size))
-    got = 0
-    while got < size:
-        more = link.recv_into(view[got:])
-        if not more:
-            raise PayloadError(f"the sender hung up after {got} of {size} bytes")
-        got += more
-    return view
+def _receive_into(link: socket.socket, path: Path, size: int) -> None:
+    """Straight from the socket into the store's memory."""
+    with map_file(path, size) as there, memoryview(there) as view:
+        got = 0
+        while got < size:
+            more = link.recv_into(view[got:])
+            if not more:
+                raise PayloadError(f"the sender hung up after {got} of {size} bytes")
+            got += more

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.federated.aggregation.tree.aggregator import CHUNK, TYPES, Runs, numbers
-from anabranch.federated.errors import NotFinite, PayloadError, PayloadMismatch, TopologyError
+from anabranch.federated.aggregation.tree.aggregator import TYPES, Runs
+from anabranch.federated.errors import PayloadError, PayloadMismatch, TopologyError
 from anabranch.federated.payload import decode, encode, entry
 
 
@@ -64,20 +64,6 @@ class Layout:
         """The same for a message whose values are not there yet."""
         if header != self.header or size != self.size:
             raise PayloadMismatch(client, "the header", f"that of {self}", "another one")
-
-    def check_finite(self, client: str, values: memoryview) -> None:
-        """Raise :class:`NotFinite` if there is a NaN or an infinity among the values."""
-        bad = 0
-        for run in numbers(values, self.runs):
-            for start in range(0, len(run), CHUNK):
-                part = run[start : start + CHUNK]
-                # Far cheaper than looking at every value; squares of finite ones may overflow.
-                with np.errstate(over="ignore", invalid="ignore"):
-                    squares = np.dot(part, part)
-                if not np.isfinite(squares):
-                    bad += int((~np.isfinite(part)).sum())
-        if bad:
-            raise NotFinite(client, "the update", bad)
 
     def tensors(self, sums: np.ndarray) -> dict[str, Tensor]:
         """Sums [elements] by name, as they were added up."""

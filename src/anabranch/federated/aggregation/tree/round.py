@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from anabranch.errors import ConfigurationError
 from anabranch.federated.aggregation.mean import Mean
-from anabranch.federated.aggregation.tree.aggregator import TYPES, Runs, numbers
+from anabranch.federated.aggregation.tree.aggregator import TYPES, Addend, Runs
 from anabranch.federated.aggregation.tree.layout import Layout
 from anabranch.federated.aggregation.tree.plan import TreePlan
 from anabranch.federated.aggregation.tree.slots import Input, Level, Slot
-from anabranch.federated.errors import EmptyRound, FederationError, PayloadError, ReplyRefused
+from anabranch.federated.errors import (
+    EmptyRound,
+    FederationError,
+    NotFinite,
+    PayloadError,
+    ReplyRefused,
+)
 
 if TYPE_CHECKING:
     from anabranch.federated.aggregation.tree.hierarchy import Hierarchy, Node
@@ -93,8 +101,9 @@ class Round:
     def submit(self, client: str, body: bytes, examples: int) -> None:
         """Take a client's update: an encoded payload. Waits while the store is full.
 
-        Raises :class:`ReplyRefused` if it cannot be used, :class:`StoreFull` after the store's
-        timeout; either way the round no longer waits for this client.
+        Raises :class:`ReplyRefused` if it is of another form, :class:`StoreFull` after the store's
+        timeout; either way the round no longer waits for this client. NaN and infinity are found
+        when the update is added: it is then among the :attr:`refused` of the total.
         """
         node = self._hierarchy.nodes[self._node_of(client)]
         offer = {"client": client, "examples": examples}
@@ -145,8 +154,8 @@ class Round:
             raise PayloadError(f"{client} says that it used {str(examples)[:80]} examples")
         return self.layout.size
 
-    def take(self, offer: dict[str, Any], key: bytes, values: memoryview) -> None:
-        """Values are there: check them, and pass their key on."""
+    def take(self, offer: dict[str, Any], key: bytes) -> None:
+        """Values are there: pass their key on."""
         hierarchy = self._hierarchy
         if offer.get("sum"):
             assert self.top is not None
@@ -154,17 +163,22 @@ class Round:
             hierarchy.nodes[self.summit].agent.deliver(self.top, given)
             return
         client, weight = str(offer["client"]), float(offer["examples"])
-        node = hierarchy.nodes[self._node_of(client)]
-        self.layout.check_finite(client, values)
         with hierarchy.lock:
-            self._node_of(client)
+            node = self._node_of(client)
             self._open.remove(client)
-            self._parts[node.name].add(Input(key, self.layout.runs, weight, weight))
+            self._parts[node].add(Input(key, self.layout.runs, weight, weight, client=client))
 
     def refuse(self, offer: dict[str, Any], error: Exception) -> None:
-        """An update does not count."""
+        """An update is not taken in."""
         logger.warning("%s: %s", offer["client"], error)
         self.fail(str(offer["client"]), str(error))
+
+    def exclude(self, given: Input, count: int) -> None:
+        """An update that was taken in has so many values that are not finite."""
+        assert given.client is not None
+        error = NotFinite(given.client, "the update", count)
+        logger.warning("%s", error)
+        self.refused[given.client] = str(error)
 
     def _node_of(self, client: str) -> str:
         if client not in self._open:
@@ -204,10 +218,10 @@ class Round:
             return
         store = self._hierarchy.nodes[self.summit].store
         # Private memory: what is left of the round does not fill the store.
-        [sums] = numbers(store.get(made.key), self.sum_runs)
+        sums = Addend(store.get(made.key), self.sum_runs).part(0, self.layout.elements).copy()
         store.release(made.key)
         total = Total(
-            self.layout.tensors(sums.copy()),
+            self.layout.tensors(sums),
             made.weight,
             made.updates,
             self.layout.like,
@@ -236,6 +250,7 @@ class Round:
         node: str,
         expected: int,
         done: Callable[[Input | None], None],
+        refused: Callable[[Input, int], None] | None = None,
     ) -> Slot:
         return Slot(
             f"{name} on {node}",
@@ -244,8 +259,13 @@ class Round:
             expected,
             done,
             self.give_up,
+            refused or _sums_are_not_refused,
             self._hierarchy.eager,
         )
+
+
+def _sums_are_not_refused(given: Input, count: int) -> None:
+    raise AssertionError(f"a sum is none of a client's updates: {given}, {count}")
 
 
 class Part:
@@ -258,6 +278,9 @@ class Part:
     def __init__(self, round_: Round, node: Node, clients: int, leaves: int) -> None:
         self._node, self._agent = node, node.agent
         self._clients, self._arrived = clients, 0
+        self._excluded: Counter[int] = Counter()
+        """Updates that turned out not to be finite, by leaf."""
+        self._round = round_
         self._size = -(-clients // leaves)
         count = -(-clients // self._size)
 
@@ -271,7 +294,9 @@ class Part:
             self._agent.open(self._middle)
             done = self._from_leaf
         self._leaves = [
-            round_._slot(f"leaf {n}", "leaf", node.name, self._expected(n), done)
+            round_._slot(
+                f"leaf {n}", "leaf", node.name, self._expected(n), done, partial(self._exclude, n)
+            )
             for n in range(count)
         ]
         for leaf in self._leaves:
@@ -295,7 +320,12 @@ class Part:
             self._agent.drop(slot)
 
     def _expected(self, leaf: int) -> int:
-        return max(0, min(self._size, self._clients - leaf * self._size))
+        places = max(0, min(self._size, self._clients - leaf * self._size))
+        return places - self._excluded[leaf]
+
+    def _exclude(self, leaf: int, given: Input, count: int) -> None:
+        self._excluded[leaf] += 1
+        self._round.exclude(given, count)
 
     def _from_leaf(self, made: Input | None) -> None:
         assert self._middle is not None

@@ -15,18 +15,25 @@ Level = Literal["leaf", "middle", "top"]
 
 @dataclass(frozen=True)
 class Input:
-    """Something to add: its key, what lies there, its factor, the examples and updates in it."""
+    """Something to add: its key, what lies there, its factor, the examples and updates in it.
+
+    ``client`` is whose update it is, which may turn out not to be finite; None for a sum.
+    """
 
     key: bytes
     runs: Runs
     factor: float
     weight: float
     updates: int = 1
+    client: str | None = None
 
 
 @dataclass(eq=False)
 class Slot:
-    """A place in the tree. ``done`` gets its sum, or None if nothing came."""
+    """A place in the tree. ``done`` gets its sum, or None if nothing came.
+
+    ``refused`` hears of an input that has so many values that are not finite; it no longer counts.
+    """
 
     name: str
     level: Level
@@ -35,6 +42,7 @@ class Slot:
     expected: int
     done: Callable[[Input | None], None]
     failed: Callable[[Exception], None]
+    refused: Callable[[Input, int], None]
     eager: bool = True
     inputs: list[Input] = field(default_factory=list)
     """What a new process would have to add; a checkpoint replaces what it holds."""

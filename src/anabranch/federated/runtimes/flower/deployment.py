@@ -7,10 +7,8 @@ same ones.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -26,12 +24,12 @@ from anabranch.errors import ConfigurationError
 from anabranch.federated.errors import FederationError
 from anabranch.federated.runtimes.flower.keys import make_certificate, make_key
 from anabranch.federated.runtimes.flower.resident import stop_residents
+from anabranch.federated.runtimes.flower.warden import Warden, end, end_all
 from anabranch.files import write_json, write_text
 
 HOST = "127.0.0.1"
 START_S = 60.0
 """How long a SuperLink may take until it listens."""
-STOP_S = 10.0
 LOOK_S = 5.0
 """How often Flower is asked how a run is."""
 
@@ -41,8 +39,9 @@ Settings = Mapping[str, str | int | float | bool]
 class Deployment:
     """A SuperLink, and a SuperNode for each of ``nodes``, which are their settings.
 
-    ``folder`` gets certificates, keys, logs and a folder for each node. What an earlier deployment
-    in it left running, because its process was killed, is ended first.
+    ``folder`` gets certificates, keys, logs and a folder for each node. If this process is killed,
+    a :class:`Warden` ends what was started here. If that was killed, too, the next deployment in
+    the folder does it first.
 
     Example::
 
@@ -60,11 +59,13 @@ class Deployment:
         ]
         self.insecure = insecure
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._warden: Warden | None = None
 
     def __enter__(self) -> Deployment:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._end_leftovers()
         try:
+            self._warden = Warden([Path(str(node["folder"])) for node in self.nodes])
             self._start_all()
         except BaseException:
             self.close()
@@ -105,13 +106,16 @@ class Deployment:
     def close(self) -> None:
         """End everything that was started, the nodes' residents too."""
         for process in reversed(self.processes):
-            _end(process.pid)
+            end(process.pid)
         for process in self.processes:
             process.wait()
         self.processes.clear()
         for node in self.nodes:
             stop_residents(Path(str(node["folder"])))
         (self.folder / "processes.json").unlink(missing_ok=True)
+        if self._warden is not None:
+            self._warden.close()
+            self._warden = None
 
     def _start_all(self) -> None:
         port = _free_port()
@@ -163,6 +167,8 @@ class Deployment:
                 start_new_session=True,
             )
         self.processes.append(process)
+        assert self._warden is not None
+        self._warden.watch(process.pid, psutil.Process(process.pid).create_time())
         write_json(
             self.folder / "processes.json",
             [[p.pid, psutil.Process(p.pid).create_time()] for p in self.processes if _runs(p)],
@@ -174,10 +180,7 @@ class Deployment:
         path = self.folder / "processes.json"
         if not path.exists():
             return
-        for pid, created in json.loads(path.read_text()):
-            # A number may belong to another process by now, which began at another time.
-            if psutil.pid_exists(pid) and psutil.Process(pid).create_time() == created:
-                _end(pid)
+        end_all(json.loads(path.read_text()))
         path.unlink()
 
     def _wait_for(self, port: int) -> None:
@@ -251,22 +254,3 @@ def _free_port() -> int:
 
 def _runs(process: subprocess.Popen[bytes]) -> bool:
     return process.poll() is None
-
-
-def _end(pid: int) -> None:
-    """End a process and those that it started: by a word, then by force."""
-    try:
-        top = psutil.Process(pid)
-        family = [top, *top.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        _tell(process, signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=STOP_S)
-    for process in left:
-        _tell(process, signal.SIGKILL)
-
-
-def _tell(process: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)

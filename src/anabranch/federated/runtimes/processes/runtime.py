@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import pickle
 import tempfile
 import threading
@@ -25,7 +24,7 @@ from anabranch.federated.runtimes.processes.pool import Errand, Pool, Worker
 from anabranch.federated.runtimes.processes.segments import Segments
 from anabranch.federated.runtimes.processes.worker import Open
 from anabranch.federated.runtimes.simulation import Site
-from anabranch.federated.runtimes.wall_clock import WallClock
+from anabranch.federated.runtimes.wall_clock import WallClock, by_name
 
 _runs = itertools.count(1)
 
@@ -60,14 +59,7 @@ class Processes(WallClock):
         keep_alive: float | None = None,
         threads: int = 1,
     ) -> None:
-        self.sites = {site.name: site for site in sites}
-        if len(self.sites) != len(sites):
-            raise ConfigurationError("two sites have the same name")
-        for site in sites:
-            if site.joins or site.leaves != math.inf:
-                raise ConfigurationError(
-                    f"site {site.name} joins or leaves at a virtual time; use Simulation for that"
-                )
+        self.sites = by_name(sites)
         if isinstance(workers, int):
             Pool.check(workers, keep_alive, threads)
         elif keep_alive is not None or threads != 1:

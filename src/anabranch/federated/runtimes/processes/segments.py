@@ -139,12 +139,13 @@ class Segments:
 def write_all(path: Path, data: bytes | memoryview) -> None:
     """Write a file of shared memory; :class:`StoreFull` if there is no memory for it.
 
-    Written, not mapped: that takes half the time, since no page is zeroed before it is filled, and
-    memory that is not there is an error instead of a SIGBUS.
+    One that has as many bytes already keeps its pages, so that none has to be found and zeroed.
+    Written, not mapped: new pages are not zeroed before they are filled, and memory that is not
+    there is an error instead of a SIGBUS.
     """
     view, written = memoryview(data).cast("B"), 0
     try:
-        with path.open("wb", buffering=0) as file:
+        with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
             while written < len(view):
                 written += file.write(view[written:]) or 0
     except OSError as error:
