@@ -8,6 +8,8 @@ import ipaddress
 def is_loopback(host: str) -> bool:
     """Whether only programs on this machine are reached there."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost"
+    mapped = getattr(address, "ipv4_mapped", None)  # of a socket for both versions
+    return (mapped or address).is_loopback

@@ -117,6 +117,7 @@ class TrainingModel(EchoModel):
         if not (folder / "adapter_config.json").exists():
             raise CannotTrain(f"{folder} is no adapter")
         self.served[name] = EchoModel(f"{self.name}:{name}")
+        self.served[name].adapter_folder = folder
         return self.served[name]
 
     def _train(self, handle: JobHandle) -> None:

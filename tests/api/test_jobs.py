@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,32 @@ def test_the_life_of_a_job(server: httpx.Client) -> None:
     assert "as asked" in server.get(f"/v1/jobs/{job['id']}/log").text
     listed = server.get("/v1/jobs", params={"state": "succeeded"}).json()
     assert [one["id"] for one in listed["data"]] == [job["id"]]
+
+
+def test_what_a_job_made_is_downloaded(server: httpx.Client) -> None:
+    job = submit(server, until=3)
+    path = f"/v1/jobs/{job['id']}"
+    assert within(20, lambda: server.get(path).json()["state"] == "succeeded")
+    (item,) = server.get(f"{path}/artifacts").json()["data"]
+    assert item == server.get(path).json()["artefacts"][0]
+    answer = server.get(f"{path}/artifacts/count")
+    digest = hashlib.sha256(b"3")
+    assert (answer.status_code, answer.content, item["sha256"]) == (200, b"3", digest.hexdigest())
+    assert answer.headers["etag"] == f'"{digest.hexdigest()}"'
+    assert answer.headers["repr-digest"] == f"sha-256=:{b64encode(digest.digest()).decode()}:"
+    assert answer.headers["content-length"] == "1"
+    assert answer.headers["content-disposition"] == "attachment; filename*=UTF-8''count"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    again = server.get(f"{path}/artifacts/count", headers={"if-none-match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    part = server.get(f"{path}/artifacts/count", headers={"range": "bytes=1-"})
+    assert part.status_code == 416
+    for name in ("cuont", "%2e%2e/log.txt", "..%2Flog.txt", "count/%2e%2e", "%00"):
+        missing = server.get(f"{path}/artifacts/{name}")
+        assert missing.status_code == 404, name
+    assert (
+        "did you mean 'count'" in server.get(f"{path}/artifacts/cuont").json()["error"]["message"]
+    )
 
 
 def test_pause_resume_cancel(server: httpx.Client) -> None:
@@ -109,7 +137,7 @@ def test_a_key_sees_its_own_jobs_only(tmp_path: Path) -> None:
         ]
         job = submit(clients[0], until=2)
         assert clients[1].get("/v1/jobs").json()["data"] == []
-        for path in ("", "/log", "/events"):
+        for path in ("", "/log", "/events", "/artifacts", "/artifacts/count"):
             assert clients[1].get(f"/v1/jobs/{job['id']}{path}").status_code == 404
         assert clients[1].post(f"/v1/jobs/{job['id']}/cancel").status_code == 404
         assert clients[0].get(f"/v1/jobs/{job['id']}").status_code == 200

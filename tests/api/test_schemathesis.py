@@ -98,11 +98,15 @@ def test_document_names_every_route_and_body() -> None:
         *(f"/v1/jobs/{{job_id}}/{what}" for what in ("cancel", "pause", "resume")),
         "/v1/jobs/{job_id}/events",
         "/v1/jobs/{job_id}/log",
+        "/v1/jobs/{job_id}/artifacts",
+        "/v1/jobs/{job_id}/artifacts/{name}",
     }
     assert set(document["paths"]) == {
         "/v1/models",
         "/v1/models/{model}",
         "/v1/adapters",
+        "/v1/adapters/merge",
+        "/v1/adapters/{model}",
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/embeddings",
@@ -111,7 +115,9 @@ def test_document_names_every_route_and_body() -> None:
     }
     chat = document["paths"]["/v1/chat/completions"]["post"]
     assert set(chat["responses"]) >= {"200", "400", "401", "404", "413", "429", "503"}
-    assert "422" not in chat["responses"]
+    for path, operations in app.openapi()["paths"].items():
+        for method, operation in operations.items():
+            assert "422" not in operation["responses"], (method, path)
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert fields["functions"]["type"] == "null"

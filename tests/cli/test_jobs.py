@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from anabranch.cli import app
-from anabranch.jobs import Workspace
+from anabranch.errors import ConfigurationError
+from anabranch.jobs import Report, Workspace
+from anabranch.jobs.kinds.base import artefact
+from anabranch.jobs.layout import OUTPUT
+from tests.jobs.scripted import Script
 
 runner = CliRunner()
 
@@ -77,3 +82,45 @@ def test_work_runs_what_is_queued_and_ends(state: Path) -> None:
     workspace = Workspace.open(state)
     assert not workspace.jobs.wishes()
     workspace.close()
+
+
+def test_artifacts_are_listed_and_downloaded(state: Path, tmp_path: Path) -> None:
+    workspace = Workspace.open(state)
+    job = workspace.jobs.create("x", {})
+    output = workspace.job_folder(job.id) / OUTPUT
+    (output / "model").mkdir(parents=True)
+    (output / "model" / "weights").write_text("w")
+    (output / "report.md").write_text("done")
+    assert workspace.jobs.claim(["x"]) is not None
+    made = [artefact(path) for path in sorted(output.iterdir())]
+    workspace.jobs.record([Report(job.id, "succeeded", artefacts=made)])
+    workspace.close()
+    listed = json.loads(call(state, "artifacts", job.id[:12], "--json"))
+    assert [one["name"] for one in listed] == ["model", "report.md"]
+    assert listed[1]["sha256"] in call(state, "artifacts", job.id)
+    to = tmp_path / "to"
+    call(state, "download", job.id[:12], "--output", str(to))
+    assert (to / "report.md").read_text() == "done"
+    assert zipfile.ZipFile(to / "model.zip").read("model/weights") == b"w"
+    call(state, "download", job.id, "model/weights", "--output", str(to))
+    assert (to / "weights").read_text() == "w"
+    result = runner.invoke(app, ["jobs", "download", job.id, "mode", "--state", str(state)])
+    assert result.exit_code != 0 and "did you mean 'model'" in result.output
+    result = runner.invoke(app, ["jobs", "download", job.id, "model", "--output", str(to),
+                                 "--state", str(state)])  # fmt: skip
+    assert result.exit_code != 0 and "exists" in result.output
+
+
+def test_a_kind_that_there_is_not_is_refused_with_those_there_are(state: Path) -> None:
+    result = runner.invoke(app, ["jobs", "submit", "compress", "x", "--state", str(state)])
+    assert result.exit_code == 2
+    assert "no kind of job named 'compress'" in result.output
+    for kind in ("evaluate", "federate", "finetune", "merge"):
+        assert kind in result.output
+
+
+def test_what_a_kind_makes_of_words() -> None:
+    assert Script().from_words(["until=4", "pause=0.5"]) == {"until": 4, "pause": 0.5}
+    for wrong in ("until", "until=[1"):
+        with pytest.raises(ConfigurationError, match="until"):
+            Script().from_words([wrong])

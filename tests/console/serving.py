@@ -21,7 +21,9 @@ def main() -> None:
     step_seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
     listener = bind("127.0.0.1", port)
     models = [TrainingModel(step_seconds=step_seconds), EchoModel("slow", delay=0.1)]
-    app = create_app(models, ServerOptions(workspace=Workspace.open(state)))
+    models[0].source = "smollm2"
+    models[0].time_between_tokens = 0.05
+    app = create_app(models, ServerOptions(workspace=Workspace.open(state), run_jobs=True))
     install(app, ConsoleOptions(runs=state / "runs"))
     serve(app, listener, 2.0, on_listening=lambda url: print(url, flush=True))  # noqa: T201
 

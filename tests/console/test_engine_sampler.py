@@ -47,9 +47,26 @@ def test_rates_and_shares_of_the_time_between_two_looks() -> None:
     assert (sample.cached_share, sample.accepted_share, sample.target_kept) == (0.6, 0.75, 0.9)
     assert (sample.running, sample.waiting, sample.cache_usage) == (3, 1, 0.5)
     assert sample.first_token_p50 is not None and sample.between_tokens_p50 is None
+    assert sample.between_tokens_target is None
+    model.time_between_tokens = 0.05
     sampler.sample(3.0, 1003.0)
     idle = sampler.history["m"][-1]
     assert idle.generated == 0 and idle.trained_share is None and idle.target_kept is None
+    assert idle.between_tokens_target == 0.05
+
+
+def test_percentiles_between_tokens() -> None:
+    model = Counting()
+    sampler, metrics = sampler_of(model)
+    sampler.sample(0.0, 0.0)
+    gaps = metrics.inter_token.labels("m")
+    for gap in [0.004] * 90 + [0.04] * 8 + [0.4] * 2:
+        gaps.observe(gap)
+    sampler.sample(1.0, 1.0)
+    sample = sampler.history["m"][-1]
+    assert sample.between_tokens_p50 is not None and 0.002 < sample.between_tokens_p50 <= 0.005
+    assert sample.between_tokens_p95 is not None and 0.03 < sample.between_tokens_p95 <= 0.05
+    assert sample.between_tokens_p99 is not None and 0.25 < sample.between_tokens_p99 <= 0.5
 
 
 def test_all_watchers_share_one_look_and_one_that_fails_harms_nobody() -> None:

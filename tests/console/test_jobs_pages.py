@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,9 +59,12 @@ def test_upload_start_watch_and_chat_with_the_result(workspace: Workspace) -> No
         (curve,) = at.one(Chart)._props["series"]
         assert curve["name"] == "training"
         assert curve["points"] == [[step, 3 / step] for step in range(1, 17)]
-        at.user.find(marker="download").click()
-        content = (await at.user.download.next()).content.decode()
-        assert content.startswith("step,train_loss") and len(content.splitlines()) == 17
+        addresses = [link._props["href"] for link in at.user.find(marker="download").elements]
+        metrics = await at.http.get(next(each for each in addresses if "result_file" in each))
+        assert metrics.text.startswith("step,train_loss") and len(metrics.text.splitlines()) == 17
+        adapter = await at.http.get(next(each for each in addresses if each.endswith("/adapter")))
+        with zipfile.ZipFile(io.BytesIO(adapter.content)) as archive:
+            assert "adapter/adapter_config.json" in archive.namelist()
         at.user.find(marker="chat-with").click()
         await at.until(lambda: at.user.back_history[-1].endswith("?model=base:mine"))
         await at.until(lambda: at.user.find(marker="model-0").elements)

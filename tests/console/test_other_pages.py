@@ -86,7 +86,7 @@ def test_engine_shows_history_and_grows() -> None:
         conversation = at.console.conversations.new(None)
         conversation.ask("one two three")
         await at.until(lambda: any(each["series"][0][0] > 0 for each in sent))
-        assert all(len(each["series"]) == 6 and len(each["tiles"]) == 9 for each in sent)
+        assert all(len(each["series"]) == 7 and len(each["tiles"]) == 9 for each in sent)
         assert len(sent) <= 6  # one message a second, whatever it holds
         tab.delete()
         count = len(sent)
@@ -96,7 +96,32 @@ def test_engine_shows_history_and_grows() -> None:
     visit(story)
 
 
-JOB = {"federate": "silos", "strategy": {"name": "fedprox"}, "schedule": {"rounds": 4}}
+def test_the_target_is_a_line_in_the_chart_of_percentiles() -> None:
+    promising = TrainingModel()
+    promising.time_between_tokens = 0.05
+
+    async def story(at: Visit) -> None:
+        sampler = at.console.sampler
+        await at.until(lambda: len(sampler.history["base"]) >= 1)
+        await at.open("engine")
+        charts = [chart._props for chart in at.user.find(kind=Chart).elements]
+        assert len(charts) == 7 + 6  # echo has no target to keep
+        both = [props for props in charts if props["title"] == "Time between tokens"]
+        levels = {tuple(props["levels"]): props["series"] for props in both}
+        names = {level: [one["name"] for one in series] for level, series in levels.items()}
+        assert names == {("target",): ["p50", "p95", "p99", "target"], (): ["p50", "p95", "p99"]}
+        assert levels["target",][-1]["points"][0][1] == 0.05
+        assert [p["title"] for p in charts].count("Steps that kept the target") == 1
+
+    visit(story, promising, EchoModel())
+
+
+JOB = {
+    "federate": "silos",
+    "strategy": {"name": "fedprox"},
+    "schedule": {"rounds": 4},
+    "runtime": "simulation",
+}
 HISTORY = [{"seconds": 1.0 * n, "loss": 2.0 / n, "valid/accuracy": 0.2 * n} for n in (1, 2, 3, 4)]
 
 
@@ -115,7 +140,7 @@ def runs(tmp_path: Path) -> Path:
         (tmp_path / name / "job.json").write_text(json.dumps(JOB))
     rows = [traffic(d, c) for d in ("up", "down") for c in ("a", "b")]
     report = {
-        "versions": 4, "virtual_seconds": 90.0, "history": HISTORY, "traffic": rows,
+        "versions": 4, "clock": "real", "seconds": 90.0, "history": HISTORY, "traffic": rows,
         "incidents": [{"what": "late", "client": "a", "count": 2, "message": "too slow"}],
     }  # fmt: skip
     (tmp_path / "done" / "report.json").write_text(json.dumps(report))
@@ -140,7 +165,7 @@ def test_runs_are_read_as_they_are(runs: Path) -> None:
     assert [(c.name, c.messages, c.up) for c in done.clients] == [("a", 8, 1024), ("b", 8, 1024)]
     assert done.metrics == {"loss": 0.5, "valid/accuracy": 0.8}
     assert done.curves(["loss", "absent"]) == {"loss": [(1, 2), (2, 1), (3, 2 / 3), (4, 0.5)]}
-    assert (going.state, going.rounds, going.up, going.virtual_seconds) == (
+    assert (going.state, going.rounds, going.up, going.seconds) == (
         "unfinished",
         2,
         512,

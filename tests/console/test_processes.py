@@ -121,7 +121,7 @@ def test_every_kind_checks_its_text_while_it_is_written(workspace: Workspace) ->
 
 def test_examples_can_be_started(workspace: Workspace) -> None:
     async def story(at: Visit) -> None:
-        for name in ("finetune", "federate", "evaluate"):
+        for name in ("finetune", "federate", "evaluate"):  # a merge needs an adapter
             kind = at.console.job_kinds[name]
             kind.check(read_yaml(kind.example))
 
@@ -132,7 +132,7 @@ def test_a_server_that_takes_none_says_why_and_shows_what_it_has(workspace: Work
     async def story(at: Visit) -> None:
         kind = processes(at)
         await at.open("jobs?new=script")
-        await at.sees("Evaluations, Federations, Recipes, Script")
+        await at.sees("Evaluations, Federations, Recipes, Merges, Script")
         await at.sees("Start it with --run-jobs")
         assert not at.has("new-script")
         with pytest.raises(InvalidRequest, match="--run-jobs"):
@@ -236,13 +236,13 @@ def test_losses_are_read_from_the_output(workspace: Workspace, tmp_path: Path) -
     with pytest.raises(AnabranchError, match="JSONDecodeError"):
         read_curves(recipe)
     federation.mkdir()
-    (federation / "job.json").write_text(
-        json.dumps({"strategy": {"name": "fedavg"}, "schedule": {"rounds": 2}})
-    )
+    job = {"strategy": {"name": "fedavg"}, "schedule": {"rounds": 2}, "runtime": "simulation"}
+    (federation / "job.json").write_text(json.dumps(job))
     assert read_curves(federation) == ("round", {})
     history = [{"seconds": 1.0, "loss": 2.0, "valid/loss": 3.0}, {"seconds": 2.0, "loss": 1.0}]
     report = {
-        "versions": 2, "virtual_seconds": 2.0, "history": history, "traffic": [], "incidents": [],
+        "versions": 2, "clock": "virtual", "seconds": 2.0, "history": history, "traffic": [],
+        "incidents": [],
     }  # fmt: skip
     (federation / "report.json").write_text(json.dumps(report))
     assert read_curves(federation) == (

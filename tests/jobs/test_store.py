@@ -1,4 +1,4 @@
-"""The job store: transitions, leases between processes, pages, migrations, and kill -9."""
+"""The job store: transitions, leases between processes, pages, and kill -9."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
 from anabranch.errors import InvalidRequest
 from anabranch.jobs import (
@@ -26,7 +26,6 @@ from anabranch.jobs import (
     NewEvent,
     Report,
     State,
-    StoreTooNew,
     UnknownJob,
     allowed,
     database,
@@ -232,50 +231,6 @@ def test_a_forbidden_report_writes_nothing(store: JobStore) -> None:
     with pytest.raises(ForbiddenTransition, match="running and cannot become queued"):
         store.record(reports)
     assert store.get(ids[0]).progress == {}
-
-
-def test_a_newer_store_is_refused(url: str, store: JobStore) -> None:
-    with create_engine(url).begin() as connection:
-        connection.execute(text("UPDATE anabranch_schema SET version = 7"))
-    with pytest.raises(StoreTooNew, match=r"jobs\.sqlite has schema version 7.*up to 1"):
-        JobStore(url)
-
-
-def test_migrations_run_in_order_and_keep_the_jobs(
-    url: str, store: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = store.create(KIND, {"kept": True})
-    steps = {
-        2: lambda c: c.exec_driver_sql("CREATE TABLE later (x INTEGER)"),
-        3: lambda c: c.exec_driver_sql("INSERT INTO later VALUES (3)"),
-    }
-    monkeypatch.setattr(database, "VERSION", 3)
-    monkeypatch.setattr(database, "MIGRATIONS", steps)
-    for _ in range(2):  # the second time there is nothing to do
-        migrated = JobStore(url)
-        assert migrated.get(job.id).spec == {"kept": True}
-        with migrated.engine.begin() as connection:
-            assert connection.execute(text("SELECT x FROM later")).scalars().all() == [3]
-            assert connection.execute(text("SELECT version FROM anabranch_schema")).scalar() == 3
-        migrated.close()
-
-
-def test_a_migration_that_fails_leaves_the_old_store(
-    url: str, store: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(connection: object) -> None:
-        connection.exec_driver_sql("CREATE TABLE half (x INTEGER)")  # type: ignore[attr-defined]
-        connection.exec_driver_sql("SELECT nonsense")  # type: ignore[attr-defined]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(database, "VERSION", 2)
-        patch.setattr(database, "MIGRATIONS", {2: broken})
-        with pytest.raises(StoreUnusable, match="nonsense"):
-            JobStore(url)
-    with store.engine.begin() as connection:
-        assert connection.execute(text("SELECT version FROM anabranch_schema")).scalar() == 1
-        names = connection.execute(text("SELECT name FROM sqlite_master")).scalars().all()
-        assert "half" not in names
 
 
 @pytest.mark.parametrize("bad", ["nonsense", "nosuchdb://host/x", "sqlite:////no/such/folder/x"])

@@ -15,9 +15,16 @@ from starlette.responses import Response
 from anabranch import __version__
 from anabranch.api import openapi
 from anabranch.api.errors import handle_anabranch_error, handle_http_exception
-from anabranch.api.middleware import ApiKeys, BodyLimit, RefuseWhileDraining, RequestContext
+from anabranch.api.middleware import (
+    AllowedHosts,
+    ApiKeys,
+    BodyLimit,
+    RefuseWhileDraining,
+    RequestContext,
+)
 from anabranch.api.middleware.api_keys import CONSOLE
 from anabranch.api.routes import (
+    adapters,
     chat,
     completions,
     embeddings,
@@ -51,6 +58,9 @@ def create_app(models_: Sequence[Model], options: ServerOptions | None = None) -
         lifespan=_lifespan,
         middleware=[  # the first is the outermost
             Middleware(RequestContext, service=service),
+            Middleware(
+                AllowedHosts, allowed=options.allowed_hosts, has_keys=bool(options.api_keys)
+            ),
             Middleware(ApiKeys, keys=options.api_keys),
             Middleware(RefuseWhileDraining, service=service),
             Middleware(BodyLimit, max_bytes=options.max_body_bytes, uploads=_uploads(options)),
@@ -63,7 +73,7 @@ def create_app(models_: Sequence[Model], options: ServerOptions | None = None) -
         },
     )
     app.state.service = service
-    for module in (models, chat, completions, embeddings, operations):
+    for module in (models, adapters, chat, completions, embeddings, operations):
         app.include_router(module.router)
     if service.fine_tuning is not None:
         app.include_router(files.router)

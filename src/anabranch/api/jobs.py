@@ -17,10 +17,15 @@ class JobRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    kind: str = Field(min_length=1, max_length=32, description="finetune, federate or evaluate.")
+    kind: str = Field(
+        min_length=1,
+        max_length=32,
+        description="finetune, federate, evaluate, merge, or a plug-in.",
+    )
     spec: dict[str, Any] = Field(
         description="finetune: `recipe` (YAML, or the name of a built-in one) and `overrides`; "
-        "federate: `job` (YAML) and `overrides`; evaluate: `claims` and `seed`. All: `retries`, "
+        "federate: `job` (YAML) and `overrides`; evaluate: `claims` and `seed`; merge: `base`, "
+        "`adapter` (a folder) and `model`. All: `retries`, "
         "`limits` (`seconds`, `memory_mb`, `threads`), `metadata`."
     )
     priority: int = Field(0, ge=-1000, le=1000, description="Higher ones run first.")
@@ -43,6 +48,13 @@ class ArtefactItem(BaseModel):
     name: str
     size: int
     sha256: str
+
+
+class ArtefactItems(BaseModel):
+    """What a job has made, by name."""
+
+    object: Literal["list"]
+    data: list[ArtefactItem]
 
 
 class JobView(BaseModel):
@@ -81,10 +93,13 @@ def job_view(job: Job, made: dict[str, Artefact]) -> dict[str, Any]:
         "spec": dict(job.spec),
         "progress": dict(job.progress),
         **{name: getattr(job, name) for name in ("created", "started", "finished")},
-        "artefacts": [
-            {"name": one.name, "size": one.size, "sha256": one.sha256} for one in made.values()
-        ],
+        "artefacts": [artefact_view(one) for one in made.values()],
     }
+
+
+def artefact_view(made: Artefact) -> dict[str, Any]:
+    """An artefact, without where it lies."""
+    return {"name": made.name, "size": made.size, "sha256": made.sha256}
 
 
 def event_view(event: Event) -> dict[str, Any]:

@@ -66,6 +66,18 @@ def query(schema: type[BaseModel], *more: dict[str, Any]) -> dict[str, Any]:
     return {"parameters": [*named, *more]}
 
 
+def download() -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a route that answers with a file, or with a folder as an archive."""
+    data = {"schema": {"type": "string", "format": "binary"}}
+    content = {"application/octet-stream": data, "application/zip": data}
+    return {
+        200: {"description": "The bytes; `ETag` is their SHA-256.", "content": content},
+        206: {"description": "The `Range` of a file that was asked for.", "content": content},
+        304: {"description": "`If-None-Match` has the `ETag`: nothing has changed."},
+        416: {"description": "The `Range` begins behind the file's end."},
+    }
+
+
 def event_stream() -> dict[str, Any]:
     """The second content type of a 200 that may be streamed, as the schema of one event."""
     text = "A chunk as JSON; `[DONE]` in the last event; an `error` if it failed on the way."
@@ -90,9 +102,11 @@ def install(app: FastAPI, has_keys: bool) -> None:
                 schemas.CompletionRequest,
                 schemas.EmbeddingRequest,
                 schemas.AdapterRequest,
+                schemas.MergeRequest,
                 FineTuningRequest,
                 JobRequest,
             ]
+            _drop_impossible(built)
             _, definitions = models_json_schema(
                 [(body, "validation") for body in bodies], ref_template=REFERENCE
             )
@@ -106,3 +120,18 @@ def install(app: FastAPI, has_keys: bool) -> None:
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
+
+
+def _drop_impossible(document: dict[str, Any]) -> None:
+    """FastAPI lists a 422 wherever there is a parameter, but a text in a path cannot be wrong.
+
+    Bodies and query strings are read by :mod:`anabranch.api.body`, which answers 400.
+    """
+    operations = [each for path in document["paths"].values() for each in path.values()]
+    for operation in operations:
+        in_path = [one for one in operation.get("parameters", ()) if one["in"] == "path"]
+        if all(one["schema"].get("type") == "string" for one in in_path):
+            operation["responses"].pop("422", None)
+    if not any("422" in operation["responses"] for operation in operations):
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)

@@ -182,6 +182,13 @@ class EmbeddingRequest(Strict):
     user: str | None = Field(None, description="Accepted; no effect.")
 
 
+class MergeRequest(Strict):
+    """An adapter to be put into a copy of its base."""
+
+    model: str = Field(description="`base:adapter`, as it is served.")
+    name: str = Field(min_length=1, max_length=100, description="What the new model is called.")
+
+
 class AdapterRequest(Strict):
     """An adapter to be served as ``model:adapter``."""
 

@@ -10,11 +10,14 @@ from pathlib import Path
 
 from anabranch.api.fine_tuning import FineTuningService
 from anabranch.api.metrics import Metrics
+from anabranch.downloads import Download
 from anabranch.errors import ConfigurationError, InvalidRequest, ModelNotFound, did_you_mean
-from anabranch.jobs import Workspace
+from anabranch.jobs import Job, Workspace
 from anabranch.jobs.service import Jobs
 from anabranch.models import cache
 from anabranch.models.protocol import Model
+
+NO_JOBS = "this server takes no jobs from clients; start it with --run-jobs to allow that"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class ServerOptions:
     ``workspace`` is where uploaded files and fine-tuning jobs are kept; without one the server
     offers neither. Whoever opened it closes it. At most ``max_finetune_jobs`` train at a time.
     With ``run_jobs`` clients may start jobs that run as processes of this machine.
+    ``allowed_hosts`` are names beside loopback ones that requests may call the server by.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -37,6 +41,7 @@ class ServerOptions:
     workspace: Workspace | None = None
     max_finetune_jobs: int = 4
     run_jobs: bool = False
+    allowed_hosts: tuple[str, ...] = ()
 
 
 class Service:
@@ -111,6 +116,42 @@ class Service:
         if self.fine_tuning is not None:
             await asyncio.to_thread(self.fine_tuning.forget_model, base, adapter)
         return found.name
+
+    def adapter_files(self, name: str, owner: str | None) -> Download:
+        """The archive of the files of ``model:adapter``, which PEFT loads. Reads them all.
+
+        Those of another key's job are not found.
+        """
+        folder = self._adapter_files(name, owner)
+        return Download.of(folder, name.rpartition(":")[2])
+
+    def merge_adapter(self, name: str, merged: str, owner: str | None) -> Job:
+        """Queue a job that puts ``model:adapter`` into a copy of its base, called ``merged``."""
+        folder = self._adapter_files(name, owner)
+        source = self.models[name.rpartition(":")[0]].source
+        if self.jobs is None or not self.options.run_jobs:
+            raise InvalidRequest("model", f"cannot be merged here: {NO_JOBS}")
+        if source is None:
+            raise InvalidRequest("model", f"the base of {name!r} cannot be loaded a second time")
+        spec = {"base": source, "adapter": str(folder.absolute()), "model": merged}
+        job = self.jobs.submit("merge", spec, owner=owner)
+        self.poke_jobs()
+        return job
+
+    def may_read_adapter(self, variant: Model, owner: str | None) -> bool:
+        """Whether its adapter has files, and they are not those of another key's job."""
+        folder = variant.adapter_folder
+        return folder is not None and (self.jobs is None or self.jobs.may_read(folder, owner))
+
+    def _adapter_files(self, name: str, owner: str | None) -> Path:
+        if name in self.models:
+            raise InvalidRequest("model", f"{name!r} is a base model and no adapter")
+        folder = self.model(name).adapter_folder
+        if folder is None:
+            raise InvalidRequest("model", f"{name!r} has no files of an adapter")
+        if not self.may_read_adapter(self.model(name), owner):
+            raise ModelNotFound(f"model: the files of {name!r} belong to the job of another key")
+        return folder
 
     def loadable_adapters(self, base: str) -> list[str]:
         """Names in the folder of adapters that are not served on this model yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from anabranch.models.packaged import DEFAULT
 
 app = typer.Typer(help="Parameter-efficient methods: list, show, compare.", no_args_is_help=True)
 
+Adapter = Annotated[str, typer.Argument(help="A folder in PEFT's format, or a published name.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
@@ -155,6 +157,38 @@ def compare(
     out.print(table)
     for name, reason in result.refused.items():
         errors.print(f"{name}: {reason}")
+
+
+@app.command("merge")
+def merge(
+    base: Annotated[str, typer.Argument(help="The model that the adapter belongs to.")],
+    adapter: Adapter,
+    name: Annotated[str, typer.Argument(help="What the new model is called.")],
+    json: Json = False,
+) -> None:
+    """Put an adapter into a copy of its base, which ``anabranch up --model NAME`` serves."""
+    from anabranch.training.deploy import find_adapter
+    from anabranch.training.merging import merge_into_base
+
+    with progress() as report:
+        folder = merge_into_base(base, find_adapter(adapter), name, report)
+    if json:
+        print_json({"name": name, "path": str(folder)})
+    else:
+        out.print(f"{name} is in {folder}; serve it with: anabranch up --model {name}")
+
+
+@app.command("download")
+def download(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option(help="The folder to write to.")] = Path(),
+) -> None:
+    """Write an adapter's files to a ZIP archive, which PEFT loads once it is unpacked."""
+    from anabranch.downloads import Download
+    from anabranch.training.deploy import find_adapter
+
+    found = Download.of(find_adapter(adapter))
+    out.print(f"{found.save(output)}  {bytes_text(found.size)}  sha256 {found.sha256}")
 
 
 def parse_count(text: str) -> int:

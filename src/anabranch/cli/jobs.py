@@ -34,12 +34,15 @@ Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 Id = Annotated[str, typer.Argument(help="A job's id, or the beginning of it.")]
 
 WATCH_SECONDS = 0.5
+NOTHING_YET = "the job has made nothing yet"
 
 
 @app.command("submit")
 def submit(
-    kind: Annotated[str, typer.Argument(help="finetune, federate or evaluate.")],
-    what: Annotated[list[str], typer.Argument(help="A recipe or job file, or claims.")],
+    kind: Annotated[str, typer.Argument(help="See: anabranch list jobs.")],
+    what: Annotated[
+        list[str], typer.Argument(help="A recipe or job file and overrides, claims, or KEY=VALUE.")
+    ],
     priority: Annotated[int, typer.Option(help="Higher ones run first.")] = 0,
     retries: Annotated[int, typer.Option(min=0, help="After the process was killed.")] = 0,
     seconds: Annotated[float | None, typer.Option(help="Limit of running time.")] = None,
@@ -56,7 +59,8 @@ def submit(
     limits = {"seconds": seconds, "memory_mb": memory_mb, "threads": threads}
     terms = {"retries": retries, "limits": limits}
     with opened(state, jobs_url) as jobs:
-        job = jobs.submit(kind, _spec(kind, what) | terms, priority=priority)
+        spec = jobs.kind(kind).from_words(what)
+        job = jobs.submit(kind, spec | terms, priority=priority)
     if json:
         print_json(_shown(job))
     else:
@@ -147,6 +151,41 @@ def logs(job_id: Id, state: State = None, jobs_url: Url = None) -> None:
             out.print(f"{_when(event.time)}  {event.level:<5} {event.message}")
 
 
+@app.command("artifacts")
+def artifacts(job_id: Id, state: State = None, jobs_url: Url = None, json: Json = False) -> None:
+    """List the files and folders that a job has made."""
+    with opened(state, jobs_url) as jobs:
+        made = jobs.artefacts(_find(jobs, job_id).id)
+    if json:
+        print_json([vars(one) for one in made])
+        return
+    for one in made:  # no table, which would cut digests off
+        out.print(f"{one.sha256 or 'a folder':64}  {bytes_text(one.size):>9}  {one.name}")
+    if not made:
+        errors.print(NOTHING_YET)
+
+
+@app.command("download")
+def download(
+    job_id: Id,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Artefacts, or files in one: NAME/PATH. None: all.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The folder to write to.")] = Path(),
+    state: State = None,
+    jobs_url: Url = None,
+) -> None:
+    """Copy what a job has made, folders as ZIP archives. Nothing is overwritten."""
+    with opened(state, jobs_url) as jobs:
+        job = _find(jobs, job_id)
+        names = names or [one.name for one in jobs.artefacts(job.id)]
+        if not names:
+            errors.print(NOTHING_YET)
+        for name in names:
+            found = jobs.download(job.id, name)
+            out.print(f"{found.save(output)}  {bytes_text(found.size)}  sha256 {found.sha256}")
+
+
 @app.command("cancel")
 def cancel(job_id: Id, state: State = None, jobs_url: Url = None) -> None:
     """Give a job up. What it has made so far stays."""
@@ -224,21 +263,6 @@ def _find(jobs: Jobs, start: str) -> Job:
         listed = ", ".join(job.id for job in found[:5])
         raise UnknownJob(f"{start!r} is the beginning of several jobs: {listed}")
     return found[0] if found else jobs.store.get(start)
-
-
-def _spec(kind: str, what: list[str]) -> dict[str, Any]:
-    """Files are read here, with their relative paths: the job runs in a folder of its own."""
-    from anabranch.training.recipe_file import dump_yaml, load_recipe
-
-    if kind == "evaluate":
-        return {"claims": what}
-    if kind == "finetune":
-        return {"recipe": dump_yaml(load_recipe(what[0], what[1:]).resolved())}
-    if kind == "federate":
-        from anabranch.federated.job import load_job
-
-        return {"job": dump_yaml(load_job(what[0], what[1:]).resolved())}
-    return {"arguments": what}  # of a kind that is installed beside this program
 
 
 def _shown(job: Job) -> dict[str, Any]:

@@ -140,6 +140,15 @@ def up(
             "nobody else reaches it: a loopback address and no API keys.",
         ),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar=_env("allowed_host"),
+            metavar="NAME",
+            help="A name by which requests may call the server, as behind a proxy; may be "
+            "repeated. Default: without API keys, loopback names only on a loopback address.",
+        ),
+    ] = None,
     tpot_slo_ms: Annotated[
         float | None,
         typer.Option(
@@ -245,7 +254,12 @@ def up(
     workspace = Workspace.open(state or cache.root() / "state", jobs_url)
     if run_jobs is None:
         run_jobs = not keys and is_loopback(host)
-    server_options = replace(server_options, workspace=workspace, run_jobs=run_jobs)
+    server_options = replace(
+        server_options,
+        workspace=workspace,
+        run_jobs=run_jobs,
+        allowed_hosts=tuple(allowed_host or ()),
+    )
     with progress() as report:
         report("importing torch", None)
         # Idle threads of torch soon sleep instead of spinning: the event loop needs a core too.

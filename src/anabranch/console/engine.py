@@ -16,6 +16,7 @@ from anabranch.models.protocol import Model, ModelStatistics
 SAMPLE_SECONDS = 1.0
 HISTORY_SECONDS = 300.0
 LATENCY_WINDOW_SECONDS = 30.0
+RANKS = (0.5, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Sample:
     first_token_p95: float | None
     between_tokens_p50: float | None
     between_tokens_p95: float | None
+    between_tokens_p99: float | None
+    between_tokens_target: float | None
+    """What the model's streams are promised; None: nothing."""
 
 
 Samples = Mapping[str, Sample]
@@ -88,7 +92,8 @@ class EngineSampler:
             latencies = self._observe_latencies(model.name, now)
             if before is not None and now > before[0]:
                 seconds, grown = now - before[0], _Growth(before[1], statistics)
-                fresh[model.name] = _sample(wall, seconds, statistics, grown, latencies)
+                target = model.time_between_tokens
+                fresh[model.name] = _sample(wall, seconds, statistics, grown, latencies, target)
                 self.history[model.name].append(fresh[model.name])
         if fresh:
             self._watchers.tell(fresh)
@@ -99,7 +104,8 @@ class EngineSampler:
         for name, histogram in histograms.items():
             window = self._latencies[model][name]
             window.observe(now, snapshot(histogram, model))
-            found[f"{name}_p50"], found[f"{name}_p95"] = window.percentiles((0.5, 0.95))
+            for rank, value in zip(RANKS, window.percentiles(RANKS), strict=True):
+                found[f"{name}_p{100 * rank:.0f}"] = value
         return found
 
 
@@ -124,6 +130,7 @@ def _sample(
     now: ModelStatistics,
     grown: _Growth,
     latencies: Mapping[str, float | None],
+    target: float | None,
 ) -> Sample:
     computed = grown["prompt_tokens"] - grown["cached_prompt_tokens"] + grown["generated_tokens"]
     everything = max(0, computed) + grown["finetune_tokens"]
@@ -144,4 +151,6 @@ def _sample(
         first_token_p95=latencies["first_p95"],
         between_tokens_p50=latencies["between_p50"],
         between_tokens_p95=latencies["between_p95"],
+        between_tokens_p99=latencies["between_p99"],
+        between_tokens_target=target,
     )

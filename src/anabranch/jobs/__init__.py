@@ -4,7 +4,13 @@ The store and the files that clients upload belong here. What a job of some kind
 whoever runs that kind; nothing here knows it.
 """
 
-from anabranch.jobs.errors import ForbiddenTransition, StoreTooNew, UnknownFile, UnknownJob
+from anabranch.jobs.errors import (
+    ForbiddenTransition,
+    StoreTooNew,
+    UnknownArtefact,
+    UnknownFile,
+    UnknownJob,
+)
 from anabranch.jobs.files import FileStore, StoredFile
 from anabranch.jobs.records import Artefact, Event, Job, NewEvent, Page, Report
 from anabranch.jobs.states import FINISHED, State, allowed
@@ -25,6 +31,7 @@ __all__ = [
     "State",
     "StoreTooNew",
     "StoredFile",
+    "UnknownArtefact",
     "UnknownFile",
     "UnknownJob",
     "Workspace",

@@ -1,4 +1,4 @@
-"""Tables, migrations, and how the database is opened.
+"""Tables, and how the database is opened.
 
 SQLite runs in WAL mode with full synchronisation: readers never wait, and what was committed is
 still there after a power cut. A writing transaction takes SQLite's only write lock when it begins,
@@ -7,7 +7,6 @@ so that what it read cannot change under it; other databases lock the rows it ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from anabranch.jobs.errors import StoreTooNew, StoreUnusable
-
-VERSION = 1
+from anabranch.jobs.migrations import MIGRATIONS
 
 metadata = MetaData()
 
@@ -104,11 +102,6 @@ files = Table(
     Index("files_by_age", "owner", "created", "id"),
 )
 
-Migration = Callable[[Connection], None]
-
-MIGRATIONS: Mapping[int, Migration] = {}
-"""Version -> what lifts a store of the version before to it."""
-
 
 def sqlite_url(path: Path) -> str:
     """The URL of a SQLite file; its folder is made if need be."""
@@ -167,16 +160,19 @@ def _engine(url: str) -> Engine:
 
 
 def _migrate(connection: Connection, shown: str) -> None:
+    newest = 1 + len(MIGRATIONS)
     if not inspect(connection).has_table(version_table.name):
         metadata.create_all(connection)
-        connection.execute(insert(version_table).values(version=VERSION))
+        connection.execute(insert(version_table).values(version=newest))
         return
-    found = connection.execute(select(version_table.c.version)).scalar_one()
-    if found > VERSION:
+    # Locked: of several processes that open it at once the first one lifts it.
+    found = connection.execute(select(version_table.c.version).with_for_update()).scalar_one()
+    if found > newest:
         raise StoreTooNew(
             f"the job store {shown} has schema version {found}, which a newer Anabranch wrote; "
-            f"this one knows versions up to {VERSION}: update it, or use another store"
+            f"this one knows versions up to {newest}: update it, or use another store"
         )
-    for version in range(found + 1, VERSION + 1):
-        MIGRATIONS[version](connection)
-    connection.execute(update(version_table).values(version=VERSION))
+    for migrate in MIGRATIONS[found - 1 :]:
+        migrate(connection)
+    if found < newest:
+        connection.execute(update(version_table).values(version=newest))

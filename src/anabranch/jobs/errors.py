@@ -19,6 +19,13 @@ class UnknownFile(AnabranchError):
     code = "file_not_found"
 
 
+class UnknownArtefact(AnabranchError):
+    """The job has made nothing of this name."""
+
+    status = 404
+    code = "artifact_not_found"
+
+
 class ForbiddenTransition(AnabranchError):
     """The job is in a state from which this cannot happen."""
 

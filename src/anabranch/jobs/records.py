@@ -69,7 +69,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A file or folder that a job made. A folder's ``size`` is its files', its digest is empty."""
+    """A file or folder that a job made. A folder's ``size`` is its files', its digest is empty.
+
+    ``path`` is where it lies, in the job's folder, or the id of a file of the store.
+    """
 
     name: str
     path: str

@@ -189,6 +189,12 @@ class Model(ABC):
 
     name: str
     card: ModelCard
+    source: str | None = None
+    """What :func:`anabranch.models.load` knows it by; None if it cannot be loaded again."""
+    adapter_folder: Path | None = None
+    """Of a variant: where its adapter lies, in PEFT's format."""
+    time_between_tokens: float | None = None
+    """The latency target of its streams, in seconds."""
 
     async def start(self) -> None:
         """Begin to serve. Called once, before the first request."""

@@ -71,6 +71,12 @@ def resolve(name: str) -> Source:
     return Hub(name, cache.Entry(cache.slug(name)))
 
 
+def absolute(name: str) -> str:
+    """The name of the same model in any working directory."""
+    path = None if packaged.find(name) else _existing(name)
+    return name if path is None else str(path.resolve())
+
+
 def not_found(name: str, why: str) -> ModelNotFound:
     """No such model: where it was looked for, and the nearest names that exist."""
     path = Path(name).expanduser()

@@ -37,6 +37,7 @@ from anabranch.models.protocol import (
     OutputDelta,
     SamplingParameters,
 )
+from anabranch.models.source import absolute
 from anabranch.models.tools import Tool, render
 from anabranch.serving.adapters import AdapterBank, AdapterCheckpoint, ServedAdapter
 from anabranch.serving.adapters.bank import require_adapter_name
@@ -69,6 +70,7 @@ class EngineModel(Model):
         self.card = card
         self.engine = engine
         self.dtype = card.dtype
+        self.time_between_tokens = engine.options.time_between_tokens
         self._tokenizer = tokenizer
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -111,6 +113,7 @@ class EngineModel(Model):
             )
 
         model = in_passing_thread(load)
+        model.source = absolute(name)
         return_free_memory()  # the runner has what it needs of the loaded weights
         return model
 
@@ -452,6 +455,7 @@ class AdaptedModel(Model):
                 f"{base.card.fingerprint}/{facts.fingerprint}".encode()
             ).hexdigest(),
         )
+        self.adapter_folder = base.adapters.folder(adapter)
         self._adapter = adapter
 
     async def chat(

@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from anabranch.errors import ConfigurationError
+from anabranch.errors import AdapterError, ConfigurationError
 from anabranch.files import sync, sync_tree, write_json, write_text
 from anabranch.models import cache
 from anabranch.models.card import ModelCard
 from anabranch.models.quiet import quiet
+from anabranch.training.recipe import NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "anabranch.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapter_folder(name: str) -> Path:
@@ -34,14 +37,43 @@ def adapter_folder(name: str) -> Path:
     return cache.root() / "adapters" / name
 
 
+def find_adapter(adapter: str) -> Path:
+    """A folder in PEFT's format, or the one that was published under this name."""
+    for folder in (Path(adapter), adapter_folder(adapter)):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder.resolve()
+    raise AdapterError(
+        f"there is no adapter {adapter!r}: neither a folder with an {ADAPTER_CONFIG} nor one in "
+        f"{cache.root() / 'adapters'}"
+    )
+
+
+def require_mergeable(adapter: Path, name: str) -> None:
+    """What can be said of an adapter's folder and a new model's name before anything is loaded."""
+    if not re.fullmatch(NAME, name):
+        raise ConfigurationError(
+            f"{name[:100]!r} cannot name a model: letters, digits, dot, dash and underscore, the "
+            f"first one a letter or digit"
+        )
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (adapter / file).is_file():
+            raise AdapterError(f"{adapter} is no adapter: it has no {file}")
+
+
 def require_free(name: str, run: str) -> None:
     """Raise :class:`ConfigurationError` if another run published something under this name."""
+    if (folder := taken_by(name, run)) is not None:
+        raise ConfigurationError(
+            f"deploy.register_as: {name!r} is taken by {folder}; choose another name, or remove it"
+        )
+
+
+def taken_by(name: str, run: str) -> Path | None:
+    """The folder of another run that was published under this name, if there is one."""
     for folder in (adapter_folder(name), cache.Entry(cache.slug(name)).path):
         if folder.exists() and _run_of(folder) != run:
-            raise ConfigurationError(
-                f"deploy.register_as: {name!r} is taken by {folder}; choose another name, or "
-                f"remove it"
-            )
+            return folder
+    return None
 
 
 def publish_adapter(

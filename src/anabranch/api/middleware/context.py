@@ -25,6 +25,8 @@ _ENDPOINTS = {
     "/v1/embeddings",
     "/v1/files",
     "/v1/fine_tuning/jobs",
+    "/v1/jobs",
+    "/v1/adapters",
     "/health",
     "/metrics",
     "/openapi.json",
@@ -33,6 +35,8 @@ _PREFIXES = {
     "/v1/models/": "/v1/models/{model}",
     "/v1/files/": "/v1/files/{file}",
     "/v1/fine_tuning/jobs/": "/v1/fine_tuning/jobs/{job}",
+    "/v1/jobs/": "/v1/jobs/{job}",
+    "/v1/adapters/": "/v1/adapters/{model}",
 }
 
 

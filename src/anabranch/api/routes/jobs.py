@@ -9,10 +9,21 @@ from starlette.responses import PlainTextResponse, Response
 
 from anabranch.api import openapi
 from anabranch.api.body import read
+from anabranch.api.downloads import download_response
 from anabranch.api.fine_tuning.queries import read_query
 from anabranch.api.job_events import event_stream
-from anabranch.api.jobs import JobRequest, JobsQuery, JobView, JobViews, event_view, job_view
+from anabranch.api.jobs import (
+    ArtefactItems,
+    JobRequest,
+    JobsQuery,
+    JobView,
+    JobViews,
+    artefact_view,
+    event_view,
+    job_view,
+)
 from anabranch.api.routes.common import json_response, owner_of, service_of
+from anabranch.api.service import NO_JOBS
 from anabranch.errors import InvalidRequest
 from anabranch.jobs import Job
 from anabranch.jobs.records import Wanted
@@ -35,9 +46,7 @@ async def submit_job(request: Request) -> Response:
     """Queue a job. It runs as a process of the server's machine and may read what that can read."""
     service = service_of(request)
     if not service.options.run_jobs:
-        raise InvalidRequest(
-            "kind", "this server takes no jobs from clients; start it with --run-jobs to allow that"
-        )
+        raise InvalidRequest("kind", NO_JOBS)
     body = await read(request, JobRequest)
     job = await run_in_threadpool(
         lambda: _jobs(request).submit(
@@ -114,6 +123,28 @@ def job_events(request: Request, job_id: str) -> Response:
 def job_log(request: Request, job_id: str) -> Response:
     """What the job's process said."""
     return PlainTextResponse(_jobs(request).log(job_id, owner_of(request)))
+
+
+@router.get(
+    JOBS + "/{job_id}/artifacts",
+    response_model=ArtefactItems,
+    responses=openapi.errors(401, 404, 500),
+)
+def list_artifacts(request: Request, job_id: str) -> Response:
+    """The files and folders that a job has made."""
+    made = _jobs(request).artefacts(job_id, owner_of(request))
+    return json_response({"object": "list", "data": [artefact_view(one) for one in made]})
+
+
+@router.get(
+    JOBS + "/{job_id}/artifacts/{name:path}",
+    response_class=Response,
+    responses={**openapi.download(), **openapi.errors(401, 404, 409, 500)},
+)
+def job_artifact(request: Request, job_id: str, name: str) -> Response:
+    """The bytes of an artefact, or of a file in one: NAME/PATH. A folder comes as a ZIP archive."""
+    download = _jobs(request).download(job_id, name, owner_of(request))
+    return download_response(request, download)
 
 
 def _ask(request: Request, job_id: str, wanted: Wanted) -> Response:

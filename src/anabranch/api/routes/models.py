@@ -1,4 +1,4 @@
-"""``/v1/models``: what is served, with the adapters that come and go while it is."""
+"""``/v1/models``: what is served."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from anabranch.api import openapi
-from anabranch.api.body import read
 from anabranch.api.responses import DeletedModel, ModelItem, ModelList
 from anabranch.api.routes.common import json_response, service_of
-from anabranch.api.schemas import AdapterRequest
 from anabranch.models.protocol import Model
 
 router = APIRouter()
@@ -22,7 +20,7 @@ router = APIRouter()
 async def list_models(request: Request) -> Response:
     """What is served."""
     service = service_of(request)
-    data = [_item(model, service.created) for model in service.listed()]
+    data = [model_item(model, service.created) for model in service.listed()]
     return json_response({"object": "list", "data": data})
 
 
@@ -33,7 +31,7 @@ async def list_models(request: Request) -> Response:
 async def show_model(request: Request, model: str) -> Response:
     """One model, with its card."""
     service = service_of(request)
-    return json_response(_item(service.model(model), service.created))
+    return json_response(model_item(service.model(model), service.created))
 
 
 @router.delete(
@@ -47,24 +45,8 @@ async def delete_model(request: Request, model: str) -> Response:
     return json_response({"id": name, "object": "model", "deleted": True})
 
 
-@router.post(
-    "/v1/adapters",
-    response_model=ModelItem,
-    responses=openapi.errors(400, 401, 404, 413, 415, 500, 503),
-    openapi_extra=openapi.request_body(AdapterRequest),
-)
-async def load_adapter(request: Request) -> Response:
-    """Serve an adapter from the server's folder of adapters, or a newer version of one.
-
-    Requests that run keep the version that they started with.
-    """
-    service = service_of(request)
-    body = await read(request, AdapterRequest)
-    model = await service.load_adapter(body.model, body.adapter, body.source)
-    return json_response(_item(model, service.created))
-
-
-def _item(model: Model, created: int) -> dict[str, Any]:
+def model_item(model: Model, created: int) -> dict[str, Any]:
+    """A model as OpenAI shows one, with its card."""
     return {
         "id": model.name,
         "object": "model",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nicegui import ui
 
-from anabranch.console.components.icons import BRAND, icon
+from anabranch.console.components.icons import BRAND, icon, markup
 from anabranch.console.console import Console
 
 THEME = "anabranch_theme"
@@ -24,7 +24,9 @@ PAGES = (
     ("claims", "claims", "Claims"),
 )
 
-_NEXT_THEME = f"""() => {{
+_CURRENT = ' aria-current="page"'
+_SYSTEM_IS_DARK = "matchMedia('(prefers-color-scheme: dark)').matches"
+_NEXT_THEME = f"""function nextTheme() {{
   const dark = document.body.classList.contains("body--dark");
   const chosen = dark ? "light" : "dark";
   document.cookie = "{THEME}=" + chosen + "; path=/; max-age=31536000; samesite=lax";
@@ -38,37 +40,50 @@ def frame(console: Console, here: str, title: str, classes: str = "") -> Iterato
     client = ui.context.client
     client.title = f"{title} · Anabranch"
     root = client.request.scope.get("root_path", "")
-    theme = client.request.cookies.get(THEME)
-    ui.dark_mode({"light": False, "dark": True}.get(theme or ""))
+    dark = {"light": False, "dark": True}.get(client.request.cookies.get(THEME, ""))
+    ui.dark_mode(dark)
     ui.add_head_html(f"<style>{style()}</style>")
+    ui.add_body_html(_side(here, root, dark, console.sessions.needs_key))
     # Inside the <main> that NiceGUI's page is.
-    main = ui.element("div").classes(f"page {classes}").props("id=content tabindex=-1")
-    ui.skip_link("Skip to the content", target=main)
-    with ui.element("div").classes("side"):
-        with ui.element("a").classes("brand").props(f'href="{root}/"'):
-            ui.html(BRAND, sanitize=False, tag="span").style("display: inline-flex")
-            ui.label("Anabranch")
-        with ui.element("nav").props('aria-label="Pages"'):
-            for name, drawing, label in PAGES:
-                with ui.element("a").props(f'href="{root}/{name}"') as link:
-                    icon(drawing)
-                    ui.label(label)
-                if name == here:
-                    link.props('aria-current="page"')
-        _foot(console, root)
-    with main:
+    with ui.element("div").classes(f"page {classes}").props("id=content tabindex=-1") as main:
         yield main
         if here:  # the chat page ends with what is written
-            _foot(console, root)
+            ui.html(_foot(root, console.sessions.needs_key), sanitize=False)
 
 
-def _foot(console: Console, root: str) -> None:
+def _side(here: str, root: str, dark: bool | None, needs_key: bool) -> str:
+    """The side bar as plain HTML: it is there before any script has run."""
+    links = "".join(
+        f'<a href="{root}/{name}"{_CURRENT if name == here else ""}>{markup(drawing)}'
+        f"<div>{label}</div></a>"
+        for name, drawing, label in PAGES
+    )
+    is_dark = _SYSTEM_IS_DARK if dark is None else str(dark).lower()
+    return (
+        f"<script>document.body.classList.add({is_dark} ? 'body--dark' : 'body--light');"
+        f"{_NEXT_THEME}</script>"
+        f'<a class="nicegui-skip-link" href="#content">Skip to the content</a>'
+        f'<header class="side"><a class="brand" href="{root}/">{BRAND}<div>Anabranch</div></a>'
+        f'<nav aria-label="Pages">{links}</nav>{_foot(root, needs_key)}</header>'
+    )
+
+
+def _foot(root: str, needs_key: bool) -> str:
     """In the side bar, or below the content where that is a bar of pages only."""
-    with ui.element("div").classes("side-foot"):
-        button("Light or dark", "theme").on("click", js_handler=_NEXT_THEME)
-        if console.sessions.needs_key:
-            with ui.element("form").props(f'method="post" action="{root}/sign-out"'):
-                button("Sign out", "out").props("type=submit")
+    sign_out = (
+        f'<form method="post" action="{root}/sign-out">'
+        f'<button type="submit" class="q-btn quiet">{_labelled("out", "Sign out")}</button></form>'
+    )
+    return (
+        f'<div class="side-foot"><button type="button" class="q-btn quiet" onclick="nextTheme()">'
+        f"{_labelled('theme', 'Light or dark')}</button>{sign_out if needs_key else ''}</div>"
+    )
+
+
+def _labelled(drawing: str, text: str) -> str:
+    return (
+        f'<span class="across" style="gap: 8px; flex-wrap: nowrap">{markup(drawing)}{text}</span>'
+    )
 
 
 @contextmanager
@@ -91,6 +106,16 @@ def button(text: str, drawing: str = "", kind: str = "quiet") -> ui.button:
             icon(drawing)
         ui.label(text)
     return made
+
+
+def download_link(name: str, address: str, size: str = "") -> ui.element:
+    """A link that looks like a button, maybe a ``small`` one, and saves what is at ``address``."""
+    with ui.element("a").classes(f"q-btn plain {size}").mark("download") as link:
+        link._props |= {"href": address, "download": True, "aria-label": f"Download {name}"}
+        with ui.element("span").classes("across").style("gap: 8px; flex-wrap: nowrap"):
+            icon("download")
+            ui.label("Download")
+    return link
 
 
 def icon_button(name: str, drawing: str, kind: str = "quiet") -> ui.button:

@@ -20,6 +20,7 @@ _PATHS = {
     "compare": "M4 5h7v14H4zM13 5h7v14h-7z",
     "copy": "M8 8h11v12H8zM5 16V4h11",
     "again": "M5 12a7 7 0 1 1 2.5 5.4M5 18v-4.5h4.5",
+    "download": "M12 4v11M7 11l5 5 5-5M5 20h14",
     "theme": "M12 4a8 8 0 1 0 0 16zM12 4a8 8 0 0 1 0 16",
     "back": "M14 6l-6 6 6 6",
     "out": "M10 5H5v14h5M14 8l4 4-4 4M18 12H9",

@@ -105,6 +105,16 @@ class Notice:
         self.label.set_visibility(True)
 
 
+@contextmanager
+def dialog(title: str) -> Iterator[ui.dialog]:
+    """A question that has to be answered first; its content is made inside."""
+    with ui.dialog(value=True) as asked, ui.card():
+        asked._props["aria-label"] = title
+        with ui.element("h2"):
+            ui.label(title).classes("break")
+        yield asked
+
+
 def empty(title: str, what_to_do: str) -> None:
     """What a page shows when it has nothing, and how that changes."""
     with ui.element("div").classes("card empty"):
@@ -130,9 +140,13 @@ def table(columns: Sequence[str], label: str, right: int = 0) -> Iterator[ui.ele
             yield body
 
 
-def row(*cells: str, classes: Sequence[str] = ()) -> None:
-    """A row of texts; ``classes`` belong to the cells in order."""
+def row(*cells: str, classes: Sequence[str] = ()) -> list[ui.element]:
+    """A row of texts; ``classes`` belong to the cells in order. Returns the cells."""
+    made = []
     with ui.element("tr"):
         for index, text in enumerate(cells):
-            with ui.element("td").classes(classes[index] if index < len(classes) else ""):
-                ui.label(text)
+            with ui.element("td").classes(classes[index] if index < len(classes) else "") as cell:
+                if text:
+                    ui.label(text)
+            made.append(cell)
+    return made

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from anabranch.console.console import Console
-from anabranch.console.pages import chat, claims, engine, federation, jobs, models, sign_in
+from anabranch.console.pages import (
+    chat,
+    claims,
+    downloads,
+    engine,
+    federation,
+    jobs,
+    models,
+    sign_in,
+)
 
 
 def register(console: Console) -> None:
     """Make the pages' routes, in place of those of an earlier call."""
-    for page in (sign_in, chat, models, jobs, engine, federation, claims):
+    for page in (sign_in, downloads, chat, models, jobs, engine, federation, claims):
         page.register(console)

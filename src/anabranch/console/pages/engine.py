@@ -17,6 +17,7 @@ from anabranch.console.live import Watchers
 from anabranch.console.pages.access import page, until_left
 from anabranch.console.sessions import Visitor
 from anabranch.console.text import NONE, seconds_text, share_text
+from anabranch.models.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Plotted:
     unit: str = ""
     maximum: float | None = None
     area: bool = True
+    target: str = ""
+    """The number that is a line across, the last of the series; left out without a target."""
+    only_with_target: bool = False
 
     def values(self, sample: Sample) -> list[float | None]:
         """In the order of the legend."""
@@ -44,14 +48,22 @@ CHARTS = (
     ),
     Plotted(
         "Time between tokens",
-        {"p50": "between_tokens_p50", "p95": "between_tokens_p95"},
+        {
+            "p50": "between_tokens_p50",
+            "p95": "between_tokens_p95",
+            "p99": "between_tokens_p99",
+            "target": "between_tokens_target",
+        },
         "s",
         area=False,
+        target="target",
     ),
     Plotted("Key-value cache in use", {"in use": "cache_usage"}, "%", 1.0),
     Plotted("Requests", {"running": "running", "waiting": "waiting"}),
     Plotted("Fine-tuning", {"trained": "trained"}, "tok/s"),
+    Plotted("Steps that kept the target", {"kept": "target_kept"}, "%", 1.0, only_with_target=True),
 )
+"""Those that need a target come last: without one a model has fewer."""
 
 TILES = (
     "tokens a second",
@@ -67,7 +79,8 @@ TILES = (
 OPTIONAL = frozenset(TILES[5:])
 EXPLANATION = (
     f"Sampled once a second for all tabs together. Latencies are percentiles over the last "
-    f"{LATENCY_WINDOW_SECONDS:g} seconds of requests, as /metrics counts them."
+    f"{LATENCY_WINDOW_SECONDS:g} seconds of requests, as /metrics counts them; the target is that "
+    f"of --tpot-slo-ms."
 )
 
 
@@ -100,7 +113,8 @@ def register(console: Console) -> None:
             with heading("Engine", EXPLANATION):
                 pass
             history = console.sampler.history
-            panels = {name: Panel(name, list(past)).ids() for name, past in history.items()}
+            served = console.service.models.values()
+            panels = {model.name: Panel(model, list(history[model.name])).ids() for model in served}
         client, places = ui.context.client, json.dumps(panels)
 
         def show(samples: str) -> None:
@@ -130,11 +144,12 @@ def message(samples: Samples) -> str:
 class Panel:
     """One model's numbers and charts."""
 
-    def __init__(self, name: str, history: list[Sample]) -> None:
+    def __init__(self, model: Model, history: list[Sample]) -> None:
+        has_target = model.time_between_tokens is not None
         shown = _tiles(history[-1]) if history else dict.fromkeys(TILES, NONE)
         with ui.element("section").classes("stack").style("margin-bottom: 28px"):
             with ui.element("h2"):
-                ui.label(name).classes("break")
+                ui.label(model.name).classes("break")
             with ui.element("div").classes("tiles"):
                 # What this server never does takes no room.
                 self._tiles = [
@@ -142,7 +157,11 @@ class Panel:
                     for tile, text in shown.items()
                 ]
             with ui.element("div").classes("grid2"):
-                self._charts = [_chart(plotted, history) for plotted in CHARTS]
+                self._charts = [
+                    _chart(plotted, history, has_target)
+                    for plotted in CHARTS
+                    if has_target or not plotted.only_with_target
+                ]
 
     def ids(self) -> dict[str, list[int]]:
         """Where the browser finds what a sample changes."""
@@ -168,10 +187,11 @@ def _tiles(sample: Sample) -> dict[str, str]:
     return dict(zip(TILES, values, strict=True))
 
 
-def _chart(plotted: Plotted, history: list[Sample]) -> Chart:
+def _chart(plotted: Plotted, history: list[Sample], has_target: bool) -> Chart:
     columns = {
         label: [(sample.time, getattr(sample, name)) for sample in history]
         for label, name in plotted.series.items()
+        if has_target or label != plotted.target
     }
     with ui.element("div").classes("card"):
         return Chart(
@@ -182,4 +202,5 @@ def _chart(plotted: Plotted, history: list[Sample]) -> Chart:
             window=HISTORY_SECONDS,
             area=plotted.area,
             maximum=plotted.maximum,
+            levels=[plotted.target] if has_target and plotted.target else [],
         )

@@ -89,7 +89,7 @@ def _show(run: FederationRun) -> None:
             Tile("clients", str(len(run.clients)))
             Tile("bytes up", bytes_text(run.up))
             Tile("bytes down", bytes_text(run.down))
-            Tile("virtual time", seconds_text(run.virtual_seconds))
+            Tile(f"{run.clock} time", seconds_text(run.seconds))
             for name, value in list(run.metrics.items())[:MOST_CHARTS]:
                 Tile(name, f"{value:.4g}")
         with ui.element("div").classes("grid2"):

@@ -9,11 +9,12 @@ from nicegui import ui
 from starlette.requests import Request
 
 from anabranch.console.components.chart import Chart
-from anabranch.console.components.frame import button, frame, heading
+from anabranch.console.components.frame import button, download_link, frame, heading
 from anabranch.console.components.pieces import Badge, Bar, Notice, empty, facts, row, table
 from anabranch.console.console import Console
-from anabranch.console.jobs import Action, ConsoleKind, JobReport, TakesFiles
+from anabranch.console.jobs import Action, ConsoleKind, JobReport
 from anabranch.console.pages.access import page, until_left
+from anabranch.console.pages.downloads import artefact_address
 from anabranch.console.sessions import Visitor
 from anabranch.console.text import NONE, ago_text, bytes_text, clock_text
 from anabranch.errors import AnabranchError
@@ -73,11 +74,10 @@ class JobView:
                 self._facts = ui.element("div")
             with ui.element("div").classes("card") as self._chart_card:
                 self._chart = Chart("Loss", {}, x_label=report.axis)
-            self._results = ui.element("div").classes("across")
             with ui.element("div").classes("card stack") as self._artefacts_card:
                 with ui.element("h2"):
                     ui.label("Artefacts")
-                with table(("name", "size", "SHA-256"), "Artefacts") as self._artefacts:
+                with table(("name", "size", "SHA-256", ""), "Artefacts") as self._artefacts:
                     pass
             with ui.element("div").classes("card stack"):
                 with ui.element("h2"):
@@ -106,7 +106,7 @@ class JobView:
         if report.error:
             self._notice.wrong(f"{report.error}. The events below say what led to it.")
         self._show_facts(report)
-        self._show_results(report)
+        self._show_chat(report)
         self._show_artefacts(report.artefacts)
         self._show_events(report.events)
 
@@ -117,19 +117,9 @@ class JobView:
             with self._facts:
                 facts({**report.facts, "Created": ago_text(report.row.created), "Id": self._id})
 
-    def _show_results(self, report: JobReport) -> None:
+    def _show_chat(self, report: JobReport) -> None:
         self._model = report.model or ""
         self._chat.set_visibility(report.model is not None)
-        kind = self._kind
-        if not isinstance(kind, TakesFiles):
-            return
-        if len(self._results.default_slot.children) == len(report.results):
-            return
-        self._results.clear()
-        with self._results:
-            for name, file_id in report.results.items():
-                download = button(f"Download: {name}", "", "plain").mark("download")
-                download.on_click(lambda file_id=file_id: self._download(kind, file_id))
 
     def _show_artefacts(self, artefacts: Sequence[Artefact]) -> None:
         self._artefacts_card.set_visibility(bool(artefacts))
@@ -140,7 +130,10 @@ class JobView:
         with self._artefacts:
             for each in artefacts:
                 digest = each.sha256 or NONE
-                row(each.name, bytes_text(each.size), digest, classes=("break", "nowrap", "break"))
+                classes = ("break", "nowrap", "break digest", "right")
+                cells = row(each.name, bytes_text(each.size), digest, "", classes=classes)
+                with cells[-1]:
+                    download_link(each.name, artefact_address(self._id, each.name), "small")
 
     def _show_events(self, events: Sequence[Event]) -> None:
         fresh = [event for event in events if event.sequence > self._newest_event]
@@ -168,14 +161,6 @@ class JobView:
         finally:
             for made in self._buttons.values():
                 made.enable()
-
-    async def _download(self, kind: TakesFiles, file_id: str) -> None:
-        try:
-            content = await asyncio.to_thread(kind.download, file_id, self._owner)
-        except (AnabranchError, OSError) as error:
-            self._notice.wrong(f"the file cannot be read: {error}")
-            return
-        ui.download.content(content, f"{self._id}.csv", "text/csv")
 
 
 def _event(event: Event) -> ui.element:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from nicegui import ui
 from starlette.requests import Request
 
-from anabranch.console.components.frame import button, frame, heading
-from anabranch.console.components.pieces import Notice, facts
+from anabranch.console.components.frame import button, download_link, frame, heading
+from anabranch.console.components.pieces import Notice, dialog, facts
 from anabranch.console.console import Console
 from anabranch.console.pages.access import page
+from anabranch.console.pages.downloads import adapter_address
 from anabranch.console.sessions import Visitor
 from anabranch.console.text import bytes_text, count_text
 from anabranch.errors import AnabranchError
@@ -29,14 +31,15 @@ def register(console: Console) -> None:
                 pass
             with ui.element("div").classes("stack"):
                 for model in console.service.models.values():
-                    ModelCardView(console, model)
+                    ModelCardView(console, model, visitor)
 
 
 class ModelCardView:
     """A base model with its adapters."""
 
-    def __init__(self, console: Console, model: Model) -> None:
+    def __init__(self, console: Console, model: Model, visitor: Visitor) -> None:
         self._console = console
+        self._owner = visitor.owner
         self._model = model
         with ui.element("section").classes("card stack"):
             with ui.element("div").classes("across"):
@@ -66,25 +69,56 @@ class ModelCardView:
             load.on_click(lambda: self._load(pick.value))
 
     def _show_adapter(self, variant: Model) -> None:
-        with ui.element("div").classes("event").style("grid-template-columns: 1fr auto auto"):
-            with ui.element("div").style("align-self: center"):
+        service = self._console.service
+        with ui.element("div").classes("across adapter"):
+            with ui.element("div").classes("grow"):
                 ui.label(variant.name).classes("break")
                 ui.label(_adapter_text(variant, self._model)).classes("dim small")
             _chat_button(variant.name)
+            if service.may_read_adapter(variant, self._owner):
+                download_link(variant.name, adapter_address(variant.name))
+                if service.options.run_jobs and self._model.source is not None:
+                    merge = button("Merge", "", "plain").mark(f"merge {variant.name}")
+                    merge.on_click(lambda: self._ask_merge(variant.name))
             unload = button("Unload", "", "danger").mark(f"unload {variant.name}")
             unload.on_click(lambda: self._confirm(variant.name))
 
+    def _ask_merge(self, name: str) -> None:
+        """What the new model is called; the job's page shows how far it is."""
+        with dialog(f"Merge {name} into a new model?") as asked:
+            ui.label(
+                "A copy of the base with the adapter in its weights, as large as the base. What is "
+                "served stays as it is."
+            )
+            called = ui.input("Name", value=name.replace(":", "-").replace("/", "-"))
+            called.props("outlined dense").mark("merged-name")
+            problem = Notice()
+            with ui.element("div").classes("across"):
+                yes = button("Merge", "", "main").mark("confirm")
+                button("Leave it", "", "plain").on_click(asked.close)
+
+        async def merge() -> None:
+            service = self._console.service
+            try:
+                job = await asyncio.to_thread(
+                    service.merge_adapter, name, called.value, self._owner
+                )
+            except AnabranchError as error:
+                problem.wrong(error)
+                return
+            ui.navigate.to(f"/jobs/{job.kind}/{job.id}")
+
+        yes.on_click(merge)
+
     def _confirm(self, name: str) -> None:
-        with ui.dialog(value=True) as dialog, ui.card():
-            with ui.element("h2"):
-                ui.label(f"Unload {name}?")
+        with dialog(f"Unload {name}?") as asked:
             ui.label("Requests that run on it finish. Its files stay and can be loaded again.")
             with ui.element("div").classes("across"):
                 yes = button("Unload", "", "main").mark("confirm")
-                button("Keep it", "", "plain").on_click(dialog.close)
+                button("Keep it", "", "plain").on_click(asked.close)
 
         async def unload() -> None:
-            dialog.close()
+            asked.close()
             await self._try(lambda: self._console.service.unload_adapter(name))
 
         yes.on_click(unload)

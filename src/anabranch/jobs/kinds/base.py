@@ -6,13 +6,15 @@ import hashlib
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
+import yaml
 from pydantic import Field
 
+from anabranch.errors import ConfigurationError
 from anabranch.jobs.layout import OUTPUT
 from anabranch.jobs.records import Artefact
 from anabranch.training.options import Section, parse_options
@@ -46,6 +48,27 @@ class JobKind(ABC, Generic[Spec]):
 
     name: ClassVar[str]
     spec: type[Spec]
+    heading: ClassVar[str] = ""
+    """What its jobs are called on a page; the name if empty."""
+    example: ClassVar[str] = "{}\n"
+    """A spec as YAML, to begin with."""
+
+    def from_words(self, words: Sequence[str]) -> dict[str, Any]:
+        """The spec that ``anabranch jobs submit KIND WORDS`` means: KEY=VALUE, values as YAML.
+
+        Files are read here: the job runs in a folder of its own. Raises
+        :class:`ConfigurationError`.
+        """
+        values = {}
+        for word in words:
+            key, equals, value = word.partition("=")
+            if not equals:
+                raise ConfigurationError(f"{word!r}: write KEY=VALUE for a job of {self.name!r}")
+            try:
+                values[key] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ConfigurationError(f"{word!r} is not YAML: {error}") from None
+        return values
 
     def check(self, values: Mapping[str, Any]) -> Spec:
         """The spec with its defaults; :class:`ConfigurationError` names every mistake.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,12 @@ class Evaluate(JobKind[EvaluateSpec]):
 
     name = "evaluate"
     spec = EvaluateSpec
+    heading = "Evaluations"
+    example = "claims: [S46]\nseed: 0\n"
+
+    def from_words(self, words: Sequence[str]) -> dict[str, Any]:
+        """Claims."""
+        return {"claims": list(words)}
 
     def check(self, values: Any) -> EvaluateSpec:
         """The claims must exist."""

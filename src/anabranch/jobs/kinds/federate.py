@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,23 @@ class Federate(JobKind[FederateSpec]):
 
     name = "federate"
     spec = FederateSpec
+    heading = "Federations"
+    example = """\
+# The text of a job file, docs/federation.md
+job: |
+  federate: silos
+  recipe: arithmetic
+  clients: {count: 4, split: {name: iid}}
+  strategy: {name: fedavg}
+  schedule: {rounds: 5}
+"""
+
+    def from_words(self, words: Sequence[str]) -> dict[str, Any]:
+        """A job file, then overrides; relative paths in it are from where it lies."""
+        from anabranch.federated.job import load_job
+        from anabranch.training.recipe_file import dump_yaml
+
+        return {"job": dump_yaml(load_job(words[0], words[1:]).resolved())}
 
     def check(self, values: Any) -> FederateSpec:
         """The job's keys, names and options are checked, too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ class Finetune(JobKind[FinetuneSpec]):
 
     name = "finetune"
     spec = FinetuneSpec
+    heading = "Recipes"
+    example = """\
+# A recipe, docs/recipes.md, or the name of one that comes with the program
+recipe: arithmetic
+overrides: [train.steps=100]
+"""
+
+    def from_words(self, words: Sequence[str]) -> dict[str, Any]:
+        """A recipe, then overrides; relative paths in it are from where it lies."""
+        from anabranch.training.recipe_file import dump_yaml, load_recipe
+
+        return {"recipe": dump_yaml(load_recipe(words[0], words[1:]).resolved())}
 
     def check(self, values: Any) -> FinetuneSpec:
         """The recipe's keys are checked, too."""

@@ -121,6 +121,10 @@ class AdapterBank:
             entry.served is not None,
         )
 
+    def folder(self, name: str) -> Path:
+        """Where the newest version of an adapter lies; :class:`ModelNotFound` without one."""
+        return self._entry(name).checkpoint.folder
+
     def cards(self) -> list[AdapterCard]:
         """All adapters by name."""
         return [self.card(name) for name in sorted(self._entries)]
