@@ -1,13 +1,13 @@
-"""PONITA, EGNN and a peer on charged particles: time of a step, and error after equal time.
+"""PONITA, EGNN and peers on charged particles: time of a step, and error after equal time.
 
-    python -m benchmarks.geometry [--seconds 60] [--peer] [--json FILE]
+    python -m benchmarks.geometry [--seconds 60] [--peers egnn-pytorch,e3nn] [--json FILE]
     python -m benchmarks.geometry --long 3600 --folder DIR [--size full|small] [--json FILE]
 
 The first form measures processor milliseconds of a training step (batches of 100 systems of five
 particles, sides alternate), then trains each side for as many processor seconds and measures it on
-2,000 other systems. ``--peer`` adds the EGNN layers of the package egnn-pytorch, which get an
-environment of their own below the cache: its layers know no velocities, so that our driver adds
-``x + phi(h) v`` after each, as the paper does.
+2,000 other systems. ``--peers`` adds networks of the layers of egnn-pytorch and e3nn, which get
+environments of their own below the cache, the same systems and as many seconds; one that cannot be
+built or run is named with its reason.
 
 The second form is the benchmark's own setting (3,000 systems; ``full`` is the authors' network) for
 a stated budget, with checkpoints every minute or so: killed, it goes on where it was. It prints the
@@ -47,7 +47,10 @@ from anabranch.training.randomness import seed_all
 from anabranch.training.trainer import Trainer
 from benchmarks.peers.environments import TORCH, EnvironmentFailed, Recipe
 
-PEER = Recipe("egnn-pytorch", (*TORCH, "egnn-pytorch==0.2.8"))
+PEERS = {
+    "egnn-pytorch": Recipe("egnn-pytorch", (*TORCH, "egnn-pytorch==0.2.8")),
+    "e3nn": Recipe("e3nn", (*TORCH, "e3nn==0.6.0", "numpy")),
+}
 
 FEATURES: dict[str, Any] = {"scalars_in": 2, "vectors_in": 2, "scalars_out": 0}
 SMALL: dict[str, Any] = {
@@ -68,71 +71,6 @@ BATCH, STEPS, WARM_UP = 100, 8, 2
 TRAINED, TESTED = 1000, 2000
 POINTS_OF_CURVE = 10
 PUBLISHED = 0.0043
-
-DRIVER = """
-import json, statistics, sys, time
-import numpy as np, torch
-from egnn_pytorch import EGNN
-from torch import nn
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-path, seconds, batch, rate, steps, warm_up = sys.argv[1], *map(float, sys.argv[2:])
-data = {k: torch.from_numpy(v) for k, v in np.load(path).items()}
-
-class Network(nn.Module):
-    def __init__(self, width=64, layers=4):
-        super().__init__()
-        self.start = nn.Linear(2, width)
-        self.layers = nn.ModuleList(
-            EGNN(width, edge_dim=1, m_dim=width, norm_feats=True, norm_coors=True)
-            for _ in range(layers)
-        )
-        self.along = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
-            for _ in range(layers)
-        )
-
-    def forward(self, charges, x, v):
-        h = self.start(torch.stack([charges, v.norm(dim=-1)], dim=-1))
-        edges = (charges[:, :, None] * charges[:, None, :]).unsqueeze(-1)
-        for layer, along in zip(self.layers, self.along):
-            h, x = layer(h, x, edges=edges)
-            x = x + along(h) * v
-        return x
-
-model = Network()
-optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-10, fused=True)
-n = len(data["charges"])
-spent, costs, order = 0.0, [], torch.randperm(n)
-while spent < seconds:
-    began = time.process_time()
-    if len(order) < batch:
-        order = torch.randperm(n)
-    rows, order = order[: int(batch)], order[int(batch):]
-    q, _ = torch.linalg.qr(torch.randn(len(rows), 3, 3))
-    x, v, y = (data[k][rows] @ q for k in ("positions", "velocities", "targets"))
-    factor = 0.5 * (1 + np.cos(np.pi * min(1.0, spent / seconds)))
-    for group in optimizer.param_groups:
-        group["lr"] = rate * factor
-    loss = (model(data["charges"][rows], x, v) - y).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-    optimizer.step()
-    cost = time.process_time() - began
-    spent += cost
-    costs.append(cost)
-with torch.no_grad():
-    parts = zip(*(data["test_" + k].split(200) for k in ("charges", "positions", "velocities")))
-    found = torch.cat([model(*part) for part in parts])
-print(json.dumps({
-    "parameters": sum(p.numel() for p in model.parameters()),
-    "milliseconds_a_step": statistics.median(costs[int(warm_up):]) * 1e3,
-    "steps": len(costs),
-    "mse": float((found - data["test_targets"]).square().mean()),
-}))
-"""
 
 
 def main() -> None:
@@ -157,13 +95,12 @@ def comparison(options: argparse.Namespace) -> dict[str, Any]:
         cells[name] |= {"steps": went.steps, "mse": mean_squared_error(model, test)}
         print(_line(name, cells[name]))
     print(_line("ponita, full", cells["ponita, full"]))
-    if options.peer:
+    for name in options.peers:
         try:
-            cells["egnn-pytorch"] = peer(systems, others, options.seconds)
-            print(_line("egnn-pytorch", cells["egnn-pytorch"]))
-        except (EnvironmentFailed, subprocess.CalledProcessError) as failure:
-            cells["egnn-pytorch"] = {"missing": str(failure)}
-            print(f"egnn-pytorch is missing: {failure}", file=sys.stderr)
+            cells[name] = peer(name, systems, others, options.seconds)
+        except (EnvironmentFailed, PeerFailed) as failure:
+            cells[name] = {"missing": str(failure)}
+        print(_line(name, cells[name]))
     print(f"straight lines: mse {linear_motion(others)[1]:.5f}")
     return {"sides": cells}
 
@@ -187,24 +124,29 @@ def step_times(samples: list[Sample]) -> dict[str, float]:
     return {name: statistics.median(cost[WARM_UP:]) * 1e3 for name, cost in costs.items()}
 
 
-def peer(systems: Any, others: Any, seconds: float) -> dict[str, Any]:
+class PeerFailed(Exception):
+    """A peer's process ended without an answer; the message has its last words."""
+
+
+def peer(name: str, systems: Any, others: Any, seconds: float) -> dict[str, Any]:
     """The peer's figures, from its own environment."""
-    python = PEER.build()
+    python = PEERS[name].build()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "systems.npz"
         kinds = ("charges", "positions", "velocities", "targets")
         arrays = {kind: getattr(systems, kind).numpy() for kind in kinds}
         arrays |= {f"test_{kind}": getattr(others, kind).numpy() for kind in kinds}
         np.savez(path, **arrays)
-        settings = (seconds, BATCH, RATES["egnn"], STEPS, WARM_UP)
+        script = Path(__file__).with_name("geometry_peer.py")
         ran = subprocess.run(
-            [python, "-c", DRIVER, path, *map(str, settings)],
-            stdout=subprocess.PIPE,
+            [python, script, name, path, *map(str, (seconds, BATCH, RATES["egnn"]))],
+            capture_output=True,
             text=True,
-            check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-    return json.loads(ran.stdout)
+    if ran.returncode:
+        raise PeerFailed((ran.stderr.strip() or "no message").splitlines()[-1])
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def long_run(options: argparse.Namespace) -> dict[str, Any]:
@@ -249,7 +191,12 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="processor time of a training")
-    parser.add_argument("--peer", action="store_true", help="also egnn-pytorch, in its environment")
+    parser.add_argument(
+        "--peers",
+        type=lambda text: [p for p in text.split(",") if p],
+        default=[],
+        help=f"of {', '.join(PEERS)}, each in its own environment",
+    )
     parser.add_argument("--long", type=float, metavar="SECONDS", help="train this long instead")
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--folder", type=Path, help="checkpoints of --long")
@@ -257,6 +204,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if (options.long is None) != (options.folder is None):
         parser.error("--long and --folder belong together")
+    if unknown := set(options.peers) - set(PEERS):
+        parser.error(f"no peer {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
     return options
 
 

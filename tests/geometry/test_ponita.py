@@ -225,6 +225,21 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], message: str) -> N
         _fresh(**changes)
 
 
+@pytest.mark.parametrize(
+    ("config", "name", "message"),
+    [
+        (PonitaConfig, "widht", r"PonitaConfig has no option 'widht' \(did you mean 'width'"),
+        (PonitaConfig, "heads", r"no option 'heads'.*it has dimension, orientations"),
+        (EGNNConfig, "orientations", r"EGNNConfig has no option 'orientations'"),
+    ],
+)
+def test_unknown_options_are_refused_by_name(config: Any, name: str, message: str) -> None:
+    with pytest.raises(GeometryError, match=message):
+        config(**{name: 3})
+    again = config.from_dict(config(width=5).to_dict())
+    assert again.width == 5, "what transformers writes beside the options is taken back"
+
+
 def test_clouds_that_do_not_fit_are_refused() -> None:
     model, cloud = ponita(), cloud_of()
     for wrong, message in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from anabranch.graphs import Graph, GraphError
 from anabranch.graphs.embedding import FastRP, tune
 from anabranch.graphs.embedding.projection import projection
 from anabranch.graphs.generators import planted_communities
+from benchmarks.graphs.__main__ import measure
 from tests.graphs.random_graphs import graphs
 
 PLANTED = planted_communities(200, 2000, 4, inside=0.8, seed=1)
@@ -206,6 +208,17 @@ def test_no_nodes_one_node_and_fewer_nodes_than_columns() -> None:
     assert FastRP(4).fit_transform(Graph.from_edges([[0, 0]])).shape == (1, 4)
     assert FastRP(64).fit_transform(Graph.from_edges([[0, 1]])).shape == (2, 64)
     assert clone(FastRP(7)).dim == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fastrp", "fastrp, powers kept"])
+def test_memory_and_time_grow_with_the_edges(method: str) -> None:
+    """What 200,000 and 800,000 edges take, drawn on, is below 6 GB at ten million."""
+    options = Namespace(dim=128, walks=1, workers=1)
+    small, large = (measure(method, edges, options) for edges in (200_000, 800_000))
+    more = (large["peak_gigabytes"] - small["peak_gigabytes"]) / (large["edges"] - small["edges"])
+    assert large["peak_gigabytes"] + more * (10**7 - large["edges"]) < 6
+    assert large["seconds"] < 8 * small["seconds"], "four times the edges"
 
 
 def test_tuning_finds_better_weights_and_repeats() -> None:

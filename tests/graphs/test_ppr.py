@@ -76,23 +76,29 @@ def test_power_iteration_is_the_linear_solve(graph: Graph) -> None:
     np.testing.assert_allclose(found, solved(graph), atol=1e-6)
 
 
-@settings(max_examples=30)
-@given(graphs(), st.integers(0, 4))
+@settings(max_examples=40)
+@given(graphs(), st.integers(0, 4), st.booleans())
 def test_a_perfect_index_gives_exact_scores_after_any_number_of_pushes(
-    graph: Graph, rounds: int
+    graph: Graph, rounds: int, compiled: bool
 ) -> None:
-    query = PPRQuery(graph, perfect_index(graph))
+    query = PPRQuery(graph, perfect_index(graph), compiled=compiled)
     result = query.run(np.arange(graph.num_nodes), rounds=rounds)
     np.testing.assert_allclose(dense(result, graph.num_nodes), solved(graph), atol=1e-5)
 
 
-@settings(max_examples=30)
-@given(graphs(), st.integers(0, 3), st.booleans(), st.sampled_from([None, 0.0, 0.01, 0.3]))
+@settings(max_examples=40)
+@given(
+    graphs(),
+    st.integers(0, 3),
+    st.booleans(),
+    st.sampled_from([None, 0.0, 0.01, 0.3]),
+    st.booleans(),
+)
 def test_scores_and_dropped_mass_sum_to_one(
-    graph: Graph, rounds: int, indexed: bool, threshold: float | None
+    graph: Graph, rounds: int, indexed: bool, threshold: float | None, compiled: bool
 ) -> None:
     index = build_index(graph, walks=5, keep=3) if indexed else None
-    query = PPRQuery(graph, index)
+    query = PPRQuery(graph, index, compiled=compiled)
     result = query.run(np.arange(graph.num_nodes), rounds=rounds, threshold=threshold)
     sums = dense(result, graph.num_nodes).sum(axis=1) + result.dropped
     np.testing.assert_allclose(sums, 1, atol=1e-5)
@@ -160,7 +166,8 @@ def test_walkers_follow_weights(weighted: bool) -> None:
 
 
 def test_a_batch_is_its_single_queries_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    query = PPRQuery(GRAPH, build_index(GRAPH, walks=30))
+    """In NumPy; the compiled ones are in ``test_ppr_kernel``."""
+    query = PPRQuery(GRAPH, build_index(GRAPH, walks=30), compiled=False)
     sources = [5, 250, 5, 17, 0, 99]
     singles = [query.run([source]) for source in sources]
     for gain in (1e-9, 1e9):  # always one by one, always together
@@ -195,10 +202,12 @@ def test_refining_ends_with_the_right_set() -> None:
     np.testing.assert_allclose(np.sort(steps[-1].scores)[::-1], np.sort(exact)[::-1][:5], rtol=0.02)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 def test_a_round_beyond_the_budget_drops_the_smallest_masses(
+    compiled: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    query = PPRQuery(GRAPH, build_index(GRAPH, walks=30))
+    query = PPRQuery(GRAPH, build_index(GRAPH, walks=30), compiled=compiled)
     whole = query.run([2], rounds=2)
     assert whole.dropped[0] == pytest.approx(0, abs=1e-6)
     monkeypatch.setattr(query_module, "WORK", 3000)

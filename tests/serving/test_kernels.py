@@ -220,7 +220,7 @@ def test_a_failing_build_falls_back_and_says_so(
         assert "do not build" in caplog.text
         kernels.load.cache_clear()
         monkeypatch.delenv("CXX")
-        monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
         assert not kernels.load().compiled
         assert "no C++ compiler" in caplog.text
     finally:

@@ -25,13 +25,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from anabranch.graphs.errors import GraphError
 from anabranch.graphs.graph import Graph
+from anabranch.graphs.ppr import kernel
 from anabranch.graphs.ppr.exact import RESTART, check_restart
 from anabranch.graphs.ppr.index import PPRIndex
+from anabranch.graphs.ppr.kernel import Row
 from anabranch.graphs.ppr.masses import Masses, added, spread
 
 WORK = 2**24
 """Multiplications a source may cost in a round before its smallest masses are dropped."""
-_BATCH = 32
+_BATCH = 128
 _CELLS = 2**24
 """Sources times nodes worked on together."""
 
@@ -71,8 +73,15 @@ class PPRQuery:
     """Answers personalised PageRank queries on a graph, with an index or by pushing alone."""
 
     def __init__(
-        self, graph: Graph, index: PPRIndex | None = None, *, restart: float | None = None
+        self,
+        graph: Graph,
+        index: PPRIndex | None = None,
+        *,
+        restart: float | None = None,
+        compiled: bool = True,
     ) -> None:
+        """``compiled``: in C++ where there is a compiler; without, in NumPy. Scores of the two
+        differ by rounding."""
         if restart is None:
             restart = RESTART if index is None else index.settings.restart
         check_restart(restart)
@@ -85,6 +94,12 @@ class PPRQuery:
         self._onward.data *= np.float32(1 - restart)
         self._visits = None if index is None else index.visits()
         self._scale = None if index is None else index.scale
+        library = kernel.load() if compiled else None
+        self._compiled: kernel.CompiledQuery | None = None
+        if library is not None:
+            self._compiled = kernel.CompiledQuery(
+                library, self._onward, index, self._missing, restart
+            )
 
     def run(
         self,
@@ -117,7 +132,9 @@ class PPRQuery:
         size = max(1, min(_BATCH, _CELLS // max(self._graph.num_nodes, 1)))
         blocks = [asked[i : i + size] for i in range(0, len(asked), size)]
 
-        def answer(block: NDArray[np.int64]) -> list[_Row]:
+        def answer(block: NDArray[np.int64]) -> list[Row]:
+            if self._compiled is not None:
+                return self._compiled.rows(block, rounds, threshold, top_k, WORK)
             return _rows(*self._block(block, rounds, threshold), top_k)
 
         if workers == 1 or len(blocks) < 2:
@@ -198,10 +215,6 @@ class PPRQuery:
         return ((index.totals - kept) * index.scale).astype(np.float32)
 
 
-_Row = tuple[NDArray[np.int32], NDArray[np.float32], float]
-"""Nodes, scores and dropped mass of one source."""
-
-
 def _pruned(
     flow: Masses, ends: NDArray[Any], threshold: float | None
 ) -> tuple[Masses, NDArray[np.float64]]:
@@ -230,7 +243,7 @@ def _over_budget(flow: Masses, work: NDArray[Any]) -> NDArray[np.bool_]:
     return cut
 
 
-def _rows(scores: Masses, dropped: NDArray[np.float64], top_k: int | None) -> list[_Row]:
+def _rows(scores: Masses, dropped: NDArray[np.float64], top_k: int | None) -> list[Row]:
     """Each source's row, cut to its ``top_k`` best."""
     found = []
     for i, (start, stop) in enumerate(itertools.pairwise(scores.indptr)):
@@ -262,7 +275,7 @@ def _certain(lower: Masses, nodes: NDArray[np.int32], under_way: float) -> int:
     return 0
 
 
-def _joined(sources: NDArray[np.int64], rows: list[_Row]) -> PPRResult:
+def _joined(sources: NDArray[np.int64], rows: list[Row]) -> PPRResult:
     lengths = [len(nodes) for nodes, _, _ in rows]
     return PPRResult(
         sources,

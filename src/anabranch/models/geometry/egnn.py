@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from anabranch.models.geometry.config import GeometryConfig
 from anabranch.models.geometry.errors import GeometryError
 from anabranch.models.geometry.point_cloud import PointCloud, edges_of, without_loops
 from anabranch.models.geometry.ponita import GeometryOutput, require_features
 
 
-class EGNNConfig(PreTrainedConfig):
+class EGNNConfig(GeometryConfig):
     """What an :class:`EGNN` is made of. The first of ``vectors_in`` is the velocity."""
 
     model_type = "egnn"

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from anabranch.models.geometry.config import GeometryConfig
 from anabranch.models.geometry.convolution import (
     Bases,
     Block,
@@ -39,7 +40,7 @@ POSITIONS, EDGES = 0, -1
 """Values of ``orientations`` that are no number of directions."""
 
 
-class PonitaConfig(PreTrainedConfig):
+class PonitaConfig(GeometryConfig):
     """What a :class:`Ponita` is made of; checked when the model is.
 
     ``orientations`` > 0 is the size of the grid of directions. 0 is positions only: invariant, and
