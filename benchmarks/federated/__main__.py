@@ -5,10 +5,10 @@
 
 Every client takes ``--steps`` SGD steps a round on its share of scikit-learn's digits, the server
 averages. The peer gets an environment of its own (built once) and as many worker processes as this
-process may use cores; we use one. NVFlare starts a process for each turn of a client if there are
-more clients than workers, so that rounds of a hundred take ten minutes: choose few. The sides
-alternate; a side's figure is the median over all rounds but the first of each trial, so that
-starting up counts for neither.
+process may use cores. We use one, and beside it as many with the runtime ``processes``. NVFlare
+starts a process for each turn of a client if there are more clients than workers, so that rounds of
+a hundred take ten minutes: choose few. The sides alternate; a side's figure is the median over all
+rounds but the first of each trial, so that starting up counts for none.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ import torch
 
 from anabranch.claims.base import machine
 from anabranch.evaluation.testbeds import digits
-from anabranch.federated import splits
+from anabranch.federated import Federation, Simulation, splits
+from anabranch.federated.runtimes.processes import Processes
 from anabranch.federated.strategies import FedAvg
 from benchmarks.peers.environments import TORCH, Recipe
 
+SIMULATION, PROCESSES = OURS = ("simulation", "processes")
 PEERS = {
     "flower": Recipe("flower", (*TORCH, "flwr[simulation]==1.41.0", "numpy")),
     "nvflare": Recipe("nvflare", (*TORCH, "nvflare==2.9.0", "numpy")),
@@ -48,14 +50,15 @@ def main() -> None:
     python = recipe.build()
     cores = len(os.sched_getaffinity(0))
     split = splits.iid(digits.TRAIN, options.clients)
-    rounds: dict[str, list[float]] = {"anabranch": [], options.peer: []}
+    rounds: dict[str, list[float]] = {name: [] for name in (*OURS, options.peer)}
     accuracy: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.npz"
         write_job(job, split)
         for trial in range(options.trials):
             sides = [
-                ("anabranch", lambda: ours(split, options)),
+                (SIMULATION, lambda: ours(split, options, 0)),
+                (PROCESSES, lambda: ours(split, options, cores)),
                 (options.peer, lambda: peer(python, job, options, cores)),
             ]
             for name, run in sides[:: -1 if trial % 2 else 1]:
@@ -64,10 +67,10 @@ def main() -> None:
                 rounds[name] += [b - a for a, b in pairwise(ended[1:])]
                 accuracy[name] = outcome["accuracy"]
     rates = {name: 1 / statistics.median(seconds) for name, seconds in rounds.items()}
-    ratio = rates["anabranch"] / rates[options.peer]
+    ratios = {name: rates[name] / rates[options.peer] for name in OURS}
     for name, rate in rates.items():
-        print(f"{name:10} {rate:8.2f} rounds/s   accuracy {accuracy[name]:.3f}")
-    print(f"ratio      {ratio:8.1f}")
+        ratio = f"   {ratios[name]:.1f}x" if name in OURS else ""
+        print(f"{name:10} {rate:8.2f} rounds/s   accuracy {accuracy[name]:.3f}{ratio}")
     if options.json:
         report = {
             "machine": machine(),
@@ -75,7 +78,7 @@ def main() -> None:
             "peer": recipe.requirements[-2],
             "options": {k: v for k, v in vars(options).items() if k != "json"},
             "rounds_per_second": rates,
-            "ratio": ratio,
+            "ratios": ratios,
             "accuracy": accuracy,
             "round_seconds": rounds,
         }
@@ -111,14 +114,16 @@ def write_job(path: Path, split: list[np.ndarray]) -> None:
     )
 
 
-def ours(split: list[np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
-    model = digits.perceptron()
+def ours(split: list[np.ndarray], options: argparse.Namespace, workers: int) -> dict[str, Any]:
+    """``workers`` processes, or none beside this one."""
+    model, sites = digits.perceptron(), digits.sites(split)
+    method = FedAvg()
     ended = [time.perf_counter()]
-    federation = FedAvg().simulate(
-        model,
-        digits.local(steps=options.steps),
-        digits.sites(split),
-        options.rounds,
+    federation = Federation(
+        method.begin(model),
+        method.client(digits.local(steps=options.steps)),
+        method.schedule(options.rounds),
+        Processes(sites, model, workers) if workers else Simulation(sites, model),
         watch=lambda _: ended.append(time.perf_counter()),
     )
     federation.run()
@@ -127,7 +132,7 @@ def ours(split: list[np.ndarray], options: argparse.Namespace) -> dict[str, Any]
 
 def peer(python: Path, job: Path, options: argparse.Namespace, cores: int) -> dict[str, Any]:
     driver = Path(__file__).with_name(f"{options.peer}_driver.py")
-    command = [python, driver, job, str(options.rounds), str(options.steps), str(cores)]
+    command = list(map(str, [python, driver, job, options.rounds, options.steps, cores]))
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:

@@ -5,6 +5,7 @@ A peer pins its own torch and transformers, so none shares an environment with a
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -54,15 +55,18 @@ class Recipe:
         stamp = self.folder / "recipe.json"
         recipe = json.dumps(asdict(self) | {"python": sys.version})
         python = self.folder / "bin" / "python"
-        if stamp.exists() and stamp.read_text() == recipe:
-            return python
-        print(f"building {self.folder} (once, some minutes)", file=sys.stderr)
-        venv.create(self.folder, clear=True, with_pip=True)
-        self._log.unlink(missing_ok=True)
-        self._pip("install", *self.requirements)
-        if self.remove:
-            self._pip("uninstall", "--yes", *self.remove)
-        stamp.write_text(recipe)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with self.folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another benchmark may be building it
+            if stamp.exists() and stamp.read_text() == recipe:
+                return python
+            print(f"building {self.folder} (once, some minutes)", file=sys.stderr)
+            venv.create(self.folder, clear=True, with_pip=True)
+            self._log.unlink(missing_ok=True)
+            self._pip("install", *self.requirements)
+            if self.remove:
+                self._pip("uninstall", "--yes", *self.remove)
+            stamp.write_text(recipe)
         return python
 
     def _pip(self, command: str, *arguments: str) -> None:

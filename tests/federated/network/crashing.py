@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -57,8 +57,8 @@ def coordinate(folder: Path, port: int) -> None:
 
 
 def take_part(folder: Path, invitation: Invitation, name: str) -> None:
-    member = join(invitation, folder, name, EXAMPLES, patience=60.0)
-    work(member, folder, Slow(), range(EXAMPLES), patience=60.0)
+    member = join(invitation, folder, name, EXAMPLES, patience=30.0)
+    work(member, folder, Slow(), range(EXAMPLES), patience=30.0)
 
 
 def fork(function: Callable[[], None]) -> int:
@@ -74,6 +74,10 @@ def fork(function: Callable[[], None]) -> int:
             sys.stderr.flush()
             os._exit(status)
     return child
+
+
+def ended(running: Mapping[str, int]) -> dict[str, int]:
+    return {role: os.waitpid(process, 0)[1] for role, process in running.items()}
 
 
 def main() -> None:
@@ -101,7 +105,10 @@ def main() -> None:
         os.waitpid(running[role], 0)
         killed[role] += 1
         running[role] = fork(roles[role])
-    statuses = {role: os.waitpid(process, 0)[1] for role, process in running.items()}
+    statuses = ended(running)
+    # Who was killed while it heard of the end asks for it in vain, until the same command is given.
+    if late := [role for role, status in statuses.items() if status]:
+        statuses |= ended({role: fork(roles[role]) for role in ["coordinator", *late]})
     outcome = json.loads((folder / "outcome").read_text())
     sys.stdout.write(json.dumps({**outcome, "killed": killed, "statuses": statuses}))
 

@@ -12,8 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from anabranch.errors import ConfigurationError
 from anabranch.federated.errors import StoreFull
-from anabranch.federated.runtimes.processes.segments import KEY_BYTES, PREFIX, Segments, sweep
+from anabranch.federated.runtimes.processes.segments import (
+    KEY_BYTES,
+    PREFIX,
+    VARIABLE,
+    Segments,
+    sweep,
+)
 
 
 @pytest.fixture
@@ -54,6 +61,16 @@ def test_a_part_goes_with_what_is_in_it(segments):
     assert segments.part("worker").folder == part.folder
     part.close()
     assert not part.folder.exists() and segments.folder.exists()
+
+
+def test_segments_live_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    made = Segments.owned()
+    assert made.folder.parent == tmp_path
+    made.close()
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "absent"))
+    with pytest.raises(ConfigurationError, match="absent, where there is no folder"):
+        Segments.owned()
 
 
 def test_living_owners_are_left_alone_and_dead_ones_are_not(segments):

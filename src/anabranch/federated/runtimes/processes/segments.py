@@ -20,15 +20,23 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from anabranch.errors import ConfigurationError
 from anabranch.federated.errors import StoreFull
 
 PREFIX = "anabranch-shm-"
+VARIABLE = "ANABRANCH_SHARED_MEMORY"
+"""Names a folder, best in memory: containers have a small ``/dev/shm`` unless told otherwise."""
 KEY_BYTES = 16
 _LOCK = "lock"
 
 
 def shared_memory() -> Path:
-    """Where segments live: ``/dev/shm``, or where there is none the temporary folder."""
+    """Where segments live: :data:`VARIABLE`, else ``/dev/shm``, else where temporary
+    files do."""
+    if chosen := os.environ.get(VARIABLE):
+        if not Path(chosen).is_dir():
+            raise ConfigurationError(f"{VARIABLE} is {chosen}, where there is no folder")
+        return Path(chosen)
     there = Path("/dev/shm")
     return there if there.is_dir() else Path(tempfile.gettempdir())
 
@@ -157,6 +165,6 @@ def write_all(path: Path, data: bytes | memoryview) -> None:
 def _full(size: int) -> StoreFull:
     left = shutil.disk_usage(shared_memory()).free
     return StoreFull(
-        f"{shared_memory()} has {left:,} bytes left, and {size:,} are needed; make it larger, or "
-        f"let fewer workers run at once"
+        f"{shared_memory()} has {left:,} bytes left, and {size:,} are needed; make it larger, "
+        f"name another folder in {VARIABLE}, or let fewer workers run at once"
     )
