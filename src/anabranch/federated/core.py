@@ -165,6 +165,8 @@ class Federation:
         state = self.coordinator.state
         self.runtime.open(self._agreement(), resumed=state.now)
         there = dict(self.runtime.clients())
+        if state.stopped is not None:
+            return  # only to tell those who have not heard of the end
         for client in [name for name in self.coordinator.clients if name not in there]:
             self._take(Timed(state.now, runtimes.ClientLeft(client)))
         for client in sorted(there.keys() - state.members.keys()):
