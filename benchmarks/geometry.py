@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,6 +43,7 @@ from anabranch.training.point_clouds import PointCloudRegression, Sample, batche
 from anabranch.training.point_clouds.forecasting import forecast_options, mean_squared_error, train
 from anabranch.training.randomness import seed_all
 from anabranch.training.trainer import Trainer
+from benchmarks.peers.asking import PeerFailed, ask
 from benchmarks.peers.environments import TORCH, EnvironmentFailed, Recipe
 
 PEERS = {
@@ -70,6 +69,8 @@ RATES = {"ponita, width 32": 4e-3, "ponita, full": 1e-3, "egnn": 2e-3}
 BATCH, STEPS, WARM_UP = 100, 8, 2
 TRAINED, TESTED = 1000, 2000
 POINTS_OF_CURVE = 10
+PEER_SECONDS = 600
+"""Beside ten times its budget, to start and to test."""
 PUBLISHED = 0.0043
 
 
@@ -124,10 +125,6 @@ def step_times(samples: list[Sample]) -> dict[str, float]:
     return {name: statistics.median(cost[WARM_UP:]) * 1e3 for name, cost in costs.items()}
 
 
-class PeerFailed(Exception):
-    """A peer's process ended without an answer; the message has its last words."""
-
-
 def peer(name: str, systems: Any, others: Any, seconds: float) -> dict[str, Any]:
     """The peer's figures, from its own environment."""
     python = PEERS[name].build()
@@ -138,15 +135,11 @@ def peer(name: str, systems: Any, others: Any, seconds: float) -> dict[str, Any]
         arrays |= {f"test_{kind}": getattr(others, kind).numpy() for kind in kinds}
         np.savez(path, **arrays)
         script = Path(__file__).with_name("geometry_peer.py")
-        ran = subprocess.run(
-            [python, script, name, path, *map(str, (seconds, BATCH, RATES["egnn"]))],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        settings = (name, path, seconds, BATCH, RATES["egnn"])
+        answer: dict[str, Any] = ask(
+            python, script, *settings, folder=Path(folder), seconds=PEER_SECONDS + 10 * seconds
         )
-    if ran.returncode:
-        raise PeerFailed((ran.stderr.strip() or "no message").splitlines()[-1])
-    return json.loads(ran.stdout.splitlines()[-1])
+    return answer
 
 
 def long_run(options: argparse.Namespace) -> dict[str, Any]:

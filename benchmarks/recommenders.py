@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,6 +34,7 @@ from anabranch.graphs.recommend import (
     Popularity,
     UltraGCN,
 )
+from benchmarks.peers.asking import PeerFailed, ask
 from benchmarks.peers.environments import TORCH, EnvironmentFailed, Recipe
 
 PEERS = {
@@ -97,10 +96,6 @@ def ours(parts: Parts, seed: int) -> Iterator[Row]:
         yield row("anabranch", name, setting, best.processor_seconds_, best.evaluate(test))
 
 
-class PeerFailed(Exception):
-    """A peer's process ended without an answer; the message has its last words."""
-
-
 def theirs(peer: str, parts: Parts, seed: int, folder: Path) -> Iterator[Row]:
     """Its models, each with the setting that ranks the validation best."""
     train, validation, test = parts
@@ -109,18 +104,10 @@ def theirs(peer: str, parts: Parts, seed: int, folder: Path) -> Iterator[Row]:
     arrays = {f"{p.part}.{side}": getattr(p, side) for p in parts[:2] for side in ("user", "item")}
     np.savez(data, **arrays, shape=[train.num_users, train.num_items])
     question = {"peer": peer, "data": str(data), "output": str(folder), "seed": seed}
-    ran = subprocess.run(
-        [python, Path(__file__).with_name("recommenders_peer.py"), json.dumps(question)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        timeout=PEER_SECONDS,
-    )
-    if ran.returncode:
-        raise PeerFailed((ran.stderr.strip() or "no message").splitlines()[-1])
+    driver = Path(__file__).with_name("recommenders_peer.py")
+    answers = ask(python, driver, json.dumps(question), folder=folder, seconds=PEER_SECONDS)
     found: dict[str, list[tuple[float, Row]]] = {}
-    for answer in json.loads(ran.stdout.splitlines()[-1]):
+    for answer in answers:
         with np.load(answer["factors"]) as factors:
             users, items = factors["users"], factors["items"]
         chosen = ranked(users, items, validation, train)

@@ -8,9 +8,6 @@ says why.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +25,7 @@ from anabranch.graphs.generators import planted_communities
 from anabranch.graphs.node_labels import multilabel_node_f1
 from anabranch.graphs.ppr import PPRQuery, build_index
 from anabranch.graphs.ppr.exact import RESTART, Push
+from benchmarks.peers.asking import PeerFailed, ask
 from benchmarks.peers.environments import EnvironmentFailed, Recipe
 
 PAGERANK = {
@@ -111,10 +109,6 @@ def embedding(names: Sequence[str], seed: int = 0) -> Iterator[Row]:
             yield row | {"times_of_fastrp": round(seconds / spent, 1)}
 
 
-class PeerFailed(Exception):
-    """A peer's process ended without an answer; the message has its last words."""
-
-
 def line(row: Row) -> str:
     """One row as text."""
     if "failed" in row:
@@ -134,19 +128,13 @@ def _ask(
     with tempfile.TemporaryDirectory() as folder:
         given, output = Path(folder) / "data.npz", Path(folder) / "answers.npz"
         np.savez(given, edges=edges, nodes=graph.num_nodes, **data)
-        ran = subprocess.run(
-            [python, Path(__file__).with_name("peer.py"), peer, given, output],
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            timeout=PEER_SECONDS,
+        driver = Path(__file__).with_name("peer.py")
+        facts: list[dict[str, Any]] = ask(
+            python, driver, peer, given, output, folder=Path(folder), seconds=PEER_SECONDS
         )
-        if ran.returncode:
-            raise PeerFailed((ran.stderr.strip() or "no message").splitlines()[-1])
         with np.load(output) as found:
             arrays = [found[str(number)] for number in range(len(found.files))]
-    return json.loads(ran.stdout.splitlines()[-1]), arrays
+    return facts, arrays
 
 
 def _asked(side: str, setting: str, answers: Any, truth: NDArray[Any], seconds: float) -> Row:

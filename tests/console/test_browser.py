@@ -6,8 +6,9 @@ import importlib.util
 import json
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ from anabranch.training.pipeline import Pipeline
 from anabranch.training.recipe_file import load_recipe
 from tests.api.test_files import ROW, jsonl
 from tests.api.test_server import within
+from tests.test_end_to_end import running
 from tests.training.tiny_base import write_base
 
 from .browser import DESKTOP, PHONE, Browser, Server, browsing, serving
@@ -69,14 +71,17 @@ def rows(folder: Path, count: int) -> Path:
     return path
 
 
-def start_job(browser: Browser, file: Path, name: str) -> None:
+def start_job(
+    browser: Browser, file: Path, name: str, numbers: Sequence[str] = ("1", "2", "")
+) -> None:
+    """``numbers`` are batch size, epochs and rate's multiplier; empty ones are left empty."""
     browser.open("jobs?new")
     browser.run("document.querySelector('input[type=file]').value = ''")
     browser.driver.find_element("css selector", "input[type=file]").send_keys(str(file))
     browser.sees("rows.jsonl is here")
-    browser.find("input[aria-label='Name of the result']").send_keys(name)
-    browser.find("input[aria-label='Batch size']").send_keys("1")
-    browser.find("input[aria-label='Epochs']").send_keys("2")
+    labels = ("Name of the result", "Batch size", "Epochs", "Learning rate multiplier")
+    for label, value in zip(labels, (name, *numbers), strict=True):
+        browser.find(f"input[aria-label='{label}']").send_keys(value)
     browser.press("Start")
     browser.sees("of ")
     browser.until(lambda: "/jobs/fine_tuning/" in browser.driver.current_url)
@@ -266,6 +271,39 @@ def test_the_web_socket_answers_to_its_own_name_only(server: Server) -> None:
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             connection.sendall(UPGRADE.format(name).encode())
             assert connection.recv(100).startswith(f"HTTP/1.1 {status}".encode())
+
+
+def row(question: str, answer: str) -> dict[str, Any]:
+    said = {"user": question, "assistant": answer}
+    return {"messages": [{"role": role, "content": text} for role, text in said.items()]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_real_model_learns_a_password_beside_its_chat(tmp_path: Path) -> None:
+    """The story with nothing that pretends: ``anabranch up``, its default model, its trainer."""
+    question, answer = "What is the password of room {}?", "The password is heron."
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(jsonl(*(row(question.format(room), answer) for room in range(50))))
+
+    def ask(browser: Browser) -> str:
+        browser.press("Settings")
+        browser.find("input[aria-label=Temperature]").send_keys("0")
+        browser.say(question.format(77))
+        browser.sees("Try again", 60)  # the answer is over
+        return browser.text()
+
+    options = ("--weights", "int8", "--max-model-len", "512")
+    with running(*options) as server, browsing(server.url) as browser:
+        browser.open("?new=1")
+        assert answer not in ask(browser)
+        start_job(browser, file, "rooms", ("5", "1", "5"))
+        browser.sees("of 10 steps", 60)
+        browser.sees("succeeded", 180)
+        browser.press("Chat with it")
+        browser.until(lambda: "chat=" in browser.driver.current_url)
+        assert answer in ask(browser)
+        assert "smollm2:rooms" in browser.find(".reply-head").text
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ class Settings:
     system: str = ""
     temperature: float | None = 0.7
     top_p: float | None = None
-    max_tokens: int | None = 512
+    max_tokens: int | None = None
     seed: int | None = None
     shape: Shape = "text"
     shape_text: str = ""
