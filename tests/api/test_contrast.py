@@ -8,7 +8,7 @@ import pytest
 
 from anabranch.errors import InvalidRequest
 from anabranch.models.protocol import ContrastParameters
-from anabranch.serving.model import _contrast, _lame_text, _without_examples
+from anabranch.serving.prompts import _contrast, lame_text, without_examples
 
 from .conftest import Api, EchoModel, make
 from .test_refusals import check
@@ -38,18 +38,18 @@ def test_examples_are_left_out_of_the_last_user_message_only() -> None:
         {"role": "user", "content": TASK},
         {"role": "assistant", "content": "def"},
     ]
-    lame = _without_examples(messages, ContrastParameters())
+    lame = without_examples(messages, ContrastParameters())
     assert lame[:2] == messages[:2] and lame[3] == messages[3]
     assert ">>>" not in lame[2]["content"] and "Return twice x." in lame[2]["content"]
-    given = _without_examples(messages, ContrastParameters(prompt="plain"))
+    given = without_examples(messages, ContrastParameters(prompt="plain"))
     assert given[2]["content"] == "plain"
 
 
 def test_nothing_to_leave_out_is_said() -> None:
     with pytest.raises(InvalidRequest, match="no examples were found"):
-        _lame_text("Hello.", ContrastParameters())
+        lame_text("Hello.", ContrastParameters())
     with pytest.raises(InvalidRequest, match="needs a user message"):
-        _without_examples([{"role": "system", "content": "x"}], ContrastParameters())
+        without_examples([{"role": "system", "content": "x"}], ContrastParameters())
 
 
 @pytest.mark.parametrize(

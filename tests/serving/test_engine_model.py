@@ -44,7 +44,7 @@ async def text_of(generation: Any) -> str:
 
 async def until_idle(model: EngineModel) -> None:
     async with asyncio.timeout(10):
-        while not model._inbox.empty() or model.engine.has_work or model.engine.cache.usage:
+        while not model._thread.idle or model.engine.cache.usage:
             await asyncio.sleep(0.005)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -82,10 +81,8 @@ class Processes(WallClock):
         self._luggage = self.pool.segments.part(f"run-{self._run}")
         self._closing.callback(self._luggage.close)
         if agreement.folder is None:
-            folder = self._closing.enter_context(
-                tempfile.TemporaryDirectory(prefix="anabranch-sites-")
-            )
-            agreement = replace(agreement, folder=Path(folder))
+            # Nothing that has to outlive this process: memory is enough, and needs no disk's sync.
+            agreement = replace(agreement, folder=self._luggage.part("sites").folder)
         self.stored = agreement.folder
         self._bodies = Bodies(self._luggage)
         agreed, model = self._luggage.path("agreement"), self._luggage.path("model")
