@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -51,9 +52,11 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return database.sqlite_url(tmp_path / "jobs.sqlite")
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return database.sqlite_url(tmp_path / "jobs.sqlite")
+    return str(request.getfixturevalue("empty_postgresql"))
 
 
 @pytest.fixture
@@ -239,10 +242,37 @@ def test_an_address_that_cannot_work_is_refused(bad: str) -> None:
         JobStore(bad)
 
 
-def test_sqlite_keeps_what_it_promised(store: JobStore) -> None:
+def test_sqlite_keeps_what_it_promised(tmp_path: Path) -> None:
+    store = JobStore(database.sqlite_url(tmp_path / "jobs.sqlite"))
     with store.engine.begin() as connection:
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 2
+
+
+def test_whoever_opens_a_new_store_at_the_same_time_finds_one(url: str) -> None:
+    def open_and_close(_: int) -> str:
+        store = JobStore(url)
+        made = store.create(KIND, {}, target="m").id
+        store.close()
+        return made
+
+    with ThreadPoolExecutor(8) as pool:
+        ids = set(pool.map(open_and_close, range(8)))
+    store = JobStore(url)
+    assert {job.id for job in store.find(KIND).items} == ids
+    store.close()
+
+
+def test_of_several_that_want_a_name_at_the_same_time_one_gets_it(store: JobStore) -> None:
+    def create(_: int) -> bool:
+        try:
+            store.create(KIND, {}, target="m", name="tone", exclusive=True)
+        except NameTaken:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(create, range(8))) == 1
 
 
 def test_processes_are_told_apart() -> None:

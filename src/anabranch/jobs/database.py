@@ -25,6 +25,7 @@ from sqlalchemy import (
     Text,
     create_engine,
     event,
+    func,
     insert,
     inspect,
     make_url,
@@ -140,6 +141,20 @@ def writing(engine: Engine) -> Engine:
     return engine.execution_options(anabranch_writes=True)
 
 
+def alone(connection: Connection) -> None:
+    """Let nobody else be between here and the end of the transaction, which writes.
+
+    For what a row's lock cannot protect: that something is not there.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+    # SQLite has one writer at a time anyway.
+
+
+_LOCK = int.from_bytes(b"anabrnch", "big")
+"""Any number below 2**63 that other programs are unlikely to lock in the same database."""
+
+
 def _engine(url: str) -> Engine:
     if make_url(url).get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True)
@@ -161,11 +176,11 @@ def _engine(url: str) -> Engine:
 
 def _migrate(connection: Connection, shown: str) -> None:
     newest = 1 + len(MIGRATIONS)
+    alone(connection)
     if not inspect(connection).has_table(version_table.name):
         metadata.create_all(connection)
         connection.execute(insert(version_table).values(version=newest))
         return
-    # Locked: of several processes that open it at once the first one lifts it.
     found = connection.execute(select(version_table.c.version).with_for_update()).scalar_one()
     if found > newest:
         raise StoreTooNew(

@@ -82,6 +82,7 @@ class JobStore:
         id = id or f"job-{uuid.uuid4().hex}"  # noqa: A001
         with self._writer.begin() as connection:
             if exclusive:
+                database.alone(connection)
                 _refuse_taken(connection, kind, target, name)
             connection.execute(
                 insert(jobs).values(
