@@ -1,6 +1,7 @@
 """Recommenders of three libraries on the same split: quality of the ranking, and time to train.
 
     python -m benchmarks.recommenders [--seed 0] [--peers implicit,recbole] [--json FILE]
+    python -m benchmarks.recommenders --race 20000x20000x68    # see recommenders_race.py
 
 Ours, ``implicit`` (BPR and ALS) and RecBole (LightGCN and BPR) see the same training pairs with 64
 columns, on one thread. Every model may choose among a few settings by the same validation pairs;
@@ -8,12 +9,16 @@ the test pairs are ranked by one piece of code for all, from the vectors that ea
 Seconds are processor seconds of training with the chosen setting, data loading left out. RecBole's
 contain its own validation, every fifth epoch. Peers run in environments of their own, built once
 below the cache; one that cannot be built or run is named with its reason.
+
+``--race USERSxITEMSxPER_USER`` asks something else: UltraGCN's time to LightGCN's recall on planted
+interactions of that size, so many drawn for each user.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,6 +41,7 @@ from anabranch.graphs.recommend import (
 )
 from benchmarks.peers.asking import PeerFailed, ask
 from benchmarks.peers.environments import TORCH, EnvironmentFailed, Recipe
+from benchmarks.recommenders_race import race
 
 PEERS = {
     "implicit": Recipe("implicit", ("implicit==0.7.3",)),
@@ -54,6 +60,15 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".* no interaction to train on")
+    if options.race is not None:
+        found = race(*options.race, options.seed)
+        print(
+            f"times faster to LightGCN's recall: {found['times_faster'] or 'not reached'}, "
+            f"to 98 % of it: {found['times_faster_to_98_percent'] or 'not reached'}"
+        )
+        if options.json:
+            options.json.write_text(json.dumps({"machine": machine(), **found}, indent=2) + "\n")
+        return
     *parts, note = interactions(options.seed)
     print(f"{note}; {', '.join(f'{len(p)} {p.part}' for p in parts)}")
     rows = []
@@ -158,10 +173,20 @@ def arguments() -> argparse.Namespace:
         "--peers", type=lambda text: [p for p in text.split(",") if p], default=list(PEERS)
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--race", type=sizes, metavar="USERSxITEMSxPER_USER")
     options = parser.parse_args()
     if unknown := set(options.peers) - set(PEERS):
         parser.error(f"no peer {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
     return options
+
+
+def sizes(text: str) -> tuple[int, int, int]:
+    """Three whole numbers with an x between them."""
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if found is None or not all(int(number) for number in found.groups()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 20000x20000x68")
+    users, items, per_user = map(int, found.groups())
+    return users, items, per_user
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from anabranch.errors import UnknownName
 KINDS: dict[str, str] = {
     "adapters": "anabranch.adapters:Tuner",
     "aggregators": "anabranch.federated.aggregation:Rule",
+    "benchmarks": "anabranch.evaluation.benchmarks:Benchmark",
     "balancers": "anabranch.training.losses:Balancer",
     "claims": "anabranch.claims:Claim",
     "codecs": "anabranch.federated.codecs:Codec",

@@ -115,7 +115,7 @@ def test_a_kind_that_there_is_not_is_refused_with_those_there_are(state: Path) -
     result = runner.invoke(app, ["jobs", "submit", "compress", "x", "--state", str(state)])
     assert result.exit_code == 2
     assert "no kind of job named 'compress'" in result.output
-    for kind in ("evaluate", "federate", "finetune", "merge"):
+    for kind in ("evaluate", "federate", "finetune", "merge", "search"):
         assert kind in result.output
 
 

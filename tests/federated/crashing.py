@@ -44,6 +44,7 @@ from anabranch.federated.store import ClientStore, RunStore
 from anabranch.federated.strategies import FedAvg, FedProx
 from anabranch.federated.strategies.fedasync import FedAsync
 from anabranch.federated.strategies.fedcompass import FedCompass
+from anabranch.federated.strategies.ferret import Ferret
 from anabranch.federated.topologies import metropolis, ring
 from tests.federated.exchange import split_learning
 from tests.federated.helpers import fingerprint
@@ -98,6 +99,7 @@ CASES: dict[str, Callable[[Path], Federation]] = {
     "deadline": lambda store: simulated(FedAvg(), store, schedule=Deadline(6, seconds=1.0)),
     "tree": lambda store: simulated(FedAvg(), store, topology=Tree.balanced(names(), 2)),
     "robust": lambda store: simulated(FedAvg(rule=MultiKrum(1), momentum=0.9), store),
+    "ferret, pooled": lambda store: simulated(Ferret(16, momentum=0.5), store),
     "gossip": gossiping,
     "split learning": split_learning,
 }

@@ -35,19 +35,25 @@ class Recorder(Compass):
         actions = super().on(event, fed)
         for action in actions:
             if type(action).__name__ == "Send":
-                due = self.groups.get(self.member.get(action.client, ""), {}).get("due")
+                due = self.newest()[action.client].due
                 entry = (action.client, fed.now(), action.work.steps, due)
                 self.__dict__.setdefault("log", []).append(entry)
-        self.check_integrity(fed)
+        given = {action.client for action in actions if type(action).__name__ == "Send"}
+        self.check_integrity(given | {task.client for task in fed.in_flight.values()})
         return actions
 
-    def check_integrity(self, fed):
+    def newest(self):
+        return {bar.client: bar for bar in self.timeline().bars}
+
+    def check_integrity(self, working):
         """Nobody is forgotten, and groups are what they say."""
+        newest = self.newest()
         for name, group in self.groups.items():
             assert group["working"], f"{name} waits for nobody"
             for client in group["working"] + group["arrived"]:
-                assert self.member[client] == name
-        assert all(self.min_steps <= steps <= self.max_steps for steps in self.steps.values())
+                assert newest[client].group == name
+        assert all(self.min_steps <= bar.steps <= self.max_steps for bar in newest.values())
+        assert {bar.client for bar in newest.values() if bar.how == "working"} == working
 
 
 class Grouped(VectorServer):

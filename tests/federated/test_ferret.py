@@ -13,7 +13,8 @@ from anabranch.errors import ConfigurationError
 from anabranch.evaluation.testbeds import digits
 from anabranch.federated import Buffered, DeviceProfile, Site, Sync, Uniform
 from anabranch.federated.errors import EmptyRound, FederationError, PayloadError
-from anabranch.federated.random_projection import LARGEST_BLOCK, RandomProjection
+from anabranch.federated.random_projection import LARGEST_BLOCK, RandomProjection, message_of
+from anabranch.federated.randomness import derive_seed
 from anabranch.federated.seeded_directions import truncated
 from anabranch.federated.shared import shared_tensors
 from anabranch.federated.strategies import FedAvg
@@ -124,6 +125,58 @@ def test_nothing_moved_is_nothing():
     assert not any(t.any() for t in estimate.values())
 
 
+def test_a_pool_has_the_same_directions_for_all_and_messages_choose():
+    delta = change()
+    projection = RandomProjection(delta, 8, pool=3)
+    for seed in (1, 2):
+        message = projection.encode(delta, seed)
+        told = projection.read(message)
+        estimate = projection.decode(message, seed)
+        for index, block in enumerate(projection.blocks):
+            vector = torch.cat([delta[p.name].reshape(-1) for p in block])
+            chosen = projection.chosen(seed, index, len(told[index]))
+            assert len(set(chosen)) == len(chosen) and set(chosen) <= set(range(8))
+            rows = torch.cat(
+                [next(truncated(derive_seed("pool", 3, j), index, 1, len(vector))) for j in chosen]
+            )
+            assert torch.allclose(told[index], rows @ vector / len(chosen), atol=1e-6)
+            rebuilt = torch.cat([estimate[p.name].reshape(-1) for p in block])
+            assert torch.allclose(rebuilt, rows.T @ told[index], atol=1e-5)
+    choices = {tuple(projection.chosen(seed, 0, 4)) for seed in range(50)}
+    assert len(choices) > 25
+    assert projection.chosen(1, 0, 8) == list(range(8))
+
+
+def test_the_sum_over_a_pool_is_the_sum_of_the_estimates():
+    projection, parts = RandomProjection(change(), 8, pool=3), []
+    wanted = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for seed, factor in ((1, 0.25), (2, 0.75)):
+        message = projection.encode(change(seed), seed)
+        parts.append((seed, factor, message))
+        for name, estimate in projection.decode(message, seed).items():
+            wanted[name] += factor * estimate
+    summed = message_of(projection.pooled(parts).float())
+    assert len(summed) == len(projection.blocks) * (2 + 4 * 8)
+    found = projection.decode(summed, 99)  # with all directions, any seed chooses the same
+    assert torch.allclose(bits(found), bits(wanted), atol=1e-5)
+
+
+def test_clipping_cuts_what_is_longer_and_counts_it():
+    projection = RandomProjection(change(), 16)
+    message = projection.encode(change(), 5)
+    told = projection.read(message)
+    widths = [sum(p.stop - p.start for p in block) for block in projection.blocks]
+    lengths = torch.cat([c.abs() * n**0.5 for c, n in zip(told, widths, strict=True)])
+    bound = float(lengths.median())
+    clipped, cut = projection.clip(message, bound)
+    after = projection.read(clipped)
+    assert cut == int((lengths > bound).sum()) > 0
+    for before, now, n in zip(told, after, widths, strict=True):
+        assert torch.allclose(now.abs(), before.abs().clamp(max=bound * n**-0.5))
+        assert torch.equal(now.sign(), before.sign())
+    assert projection.clip(message, float(lengths.max()) * 1.001) == (message, 0)
+
+
 # The run
 
 
@@ -149,7 +202,7 @@ class Whole(RandomProjection):
 def test_with_whole_updates_it_is_fedavg(monkeypatch, weighting):
     monkeypatch.setattr("anabranch.federated.strategies.ferret.RandomProjection", Whole)
     places = [Site("a", list(range(40))), Site("b", list(range(40, 60))), Site("empty", [])]
-    ferret = simulate(Ferret(weighting=weighting), places)
+    ferret = simulate(Ferret(weighting=weighting, clip=None), places)
     average = simulate(FedAvg(weighting=weighting), places)
     ferret.run(), average.run()
     assert torch.allclose(bits(ferret.server.tensors), bits(average.server.tensors), atol=1e-6)
@@ -182,6 +235,82 @@ def test_clients_that_miss_rounds_and_late_ones_catch_up():
         for place in places:
             state = federation.runtime.node(place.name).state
             assert torch.equal(bits(state["tensors"]), versions[state["version"]])
+
+
+def test_momentum_is_the_recursion_along_the_pool():
+    federation = simulate(Ferret(16, momentum=0.5, clip=None), rounds=4)
+    told, versions = [], [bits(shared_tensors(digits.perceptron()))]
+    server = federation.server
+    commit = server.commit
+
+    def listen(acc):
+        told.append([(seed, weight, products) for seed, weight, _, products in acc])
+        figures = commit(acc)
+        versions.append(bits(server.tensors))
+        return figures
+
+    server.commit = listen
+    federation.run()
+    projection = server.projection
+    assert projection.pool is not None
+    velocity = torch.zeros_like(versions[0])
+    for step, round_ in enumerate(told):
+        total = sum(weight for _, weight, _ in round_)
+        mean = sum(
+            weight / total * bits(projection.decode(products, seed))
+            for seed, weight, products in round_
+        )
+        velocity = mean + 0.5 * velocity
+        assert torch.allclose(versions[step + 1] - versions[step], velocity, atol=1e-5)
+
+
+def test_with_a_pool_the_sum_over_clients_goes_down():
+    def down(clients):
+        federation = simulate(Ferret(16, momentum=0.5), sites(clients), rounds=3)
+        per_client = federation.run().ledger.total(direction="down", version=2).payload / clients
+        for name in (f"c{i}" for i in range(clients)):
+            assert federation.runtime.node(name).state["version"] == 2
+        states = [federation.runtime.node(f"c{i}").state["tensors"] for i in range(clients)]
+        assert all(torch.equal(bits(states[0]), bits(other)) for other in states)
+        return per_client
+
+    assert down(2) == down(6)
+
+
+def test_what_is_clipped_is_counted_and_bounded():
+    start = bits(shared_tensors(digits.perceptron()))
+    free, tight = (
+        simulate(Ferret(16, clip=None), rounds=1),
+        simulate(Ferret(16, clip=1e-3), rounds=1),
+    )
+    loose = simulate(Ferret(16, clip=1e6), rounds=1)
+    assert "clipped" not in free.run().history[0]
+    assert loose.run().history[0]["clipped"] == 0
+    figures = tight.run().history[0]
+    assert torch.equal(bits(free.server.tensors), bits(loose.server.tensors))
+    moved = float((bits(tight.server.tensors) - start).norm())
+    assert 0 < figures["clipped"] <= figures["products"]
+    # No more than the bound for each direction; lengths of directions are within 2 of sqrt(n).
+    assert 0 < moved <= 2 * 1e-3 * figures["products"]
+    assert moved < float((bits(free.server.tensors) - start).norm())
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_the_rate_falls(decay):
+    ferret = Ferret(server_lr=4.0, decay=decay, decay_rounds=10, final_server_lr=1.0)
+    rates = [ferret.rate(version) for version in range(13)]
+    assert rates[0] == 4 and rates[10:] == [1, 1, 1]
+    assert rates[5] == pytest.approx(2.5) and rates == sorted(rates, reverse=True)
+    halved = simulate(Ferret(16, decay=decay, decay_rounds=2), rounds=3)
+    versions = []
+    halved.coordinator.watch = lambda made: versions.append(bits(made.server.tensors)) or {}
+    halved.run()
+    whole = simulate(Ferret(16), rounds=1)
+    whole.run()
+    start = bits(shared_tensors(digits.perceptron()))
+    assert torch.equal(versions[0], bits(whole.server.tensors))
+    assert not torch.equal(versions[0], versions[1]) and not torch.equal(versions[0], start)
+    assert torch.equal(versions[1], versions[2])
 
 
 def test_the_model_is_sent_where_that_is_less():
@@ -225,7 +354,20 @@ def test_nobody_with_data():
 
 @pytest.mark.parametrize(
     "options",
-    [{"k": 1}, {"k": 65_536}, {"server_lr": 0.0}, {"weighting": "loss"}, {"staleness": -1.0}],
+    [
+        {"k": 1},
+        {"k": 65_536},
+        {"server_lr": 0.0},
+        {"weighting": "loss"},
+        {"staleness": -1.0},
+        {"momentum": 1.0},
+        {"clip": 0.0},
+        {"decay": "step", "decay_rounds": 3},
+        {"decay": "linear"},
+        {"decay_rounds": 3},
+        {"decay": "linear", "decay_rounds": 0},
+        {"decay": "linear", "decay_rounds": 3, "final_server_lr": 2.0},
+    ],
 )
 def test_options_that_cannot_work(options):
     with pytest.raises(ConfigurationError):

@@ -23,23 +23,12 @@ from anabranch.federated.running import claim
 from anabranch.federated.scheduling import Uniform
 from anabranch.federated.scheduling.compass import Compass
 from anabranch.federated.strategies import FedAvgServer, FedProx
+from anabranch.federated.strategies.fedpage import FullRounds
 from anabranch.federated.strategies.warm_up import WarmUp
 from tests.federated.helpers import vectors
-from tests.training.tiny_base import write_base
+from tests.federated.tiny_recipe import write_recipe
 
 runner = CliRunner()
-
-RECIPE = """
-recipe: tiny
-base: {base}
-data:
-  - source: generator:instructions
-    options: {{rows: 60}}
-    split: {{train: 0.8, valid: 0.2}}
-adapter: {{method: lora, r: 4}}
-train: {{steps: 6, batch: 8, lr: 1.0e-2, schedule: constant}}
-evaluate: []
-"""
 
 JOB = """
 federate: silos
@@ -55,8 +44,7 @@ devices: log_uniform
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     torch.set_num_threads(1)
-    base = write_base(tmp_path / "base")
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(base=base))
+    write_recipe(tmp_path)
     path = tmp_path / "job.yaml"
     path.write_text(JOB)
     return path
@@ -64,7 +52,13 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("strategy", "schedule"),
-    [("fedavg", Sync), ("fedamd", WarmUp), ("fedcompass", Compass), ("fedbuff", Buffered)],
+    [
+        ("fedavg", Sync),
+        ("fedamd", WarmUp),
+        ("fedpage", FullRounds),
+        ("fedcompass", Compass),
+        ("fedbuff", Buffered),
+    ],
 )
 def test_without_a_name_the_schedule_is_the_methods_own(
     file: Path, strategy: str, schedule: type
@@ -74,7 +68,7 @@ def test_without_a_name_the_schedule_is_the_methods_own(
     assert type(made) is schedule
     if schedule is not Compass:  # which says itself how much a task is
         assert made.work.steps == 7
-    if schedule in (Sync, WarmUp):
+    if schedule in (Sync, WarmUp, FullRounds):
         sampled = load_job(file, [f"strategy={strategy}", "schedule={rounds: 3, sample: 2}"])
         assert sampled.make_schedule().sampler == Uniform(2)
     else:
@@ -156,6 +150,7 @@ def test_keys_become_parts(file: Path) -> None:
     ("override", "says"),
     [
         ("strategy=fedavgg", "did you mean 'fedavg'"),
+        ("strategy=fedex", "merge the model"),
         ("strategy={name: fedprox, nu: 1}", "nu"),
         ("strategy={name: fedprox, mu: -1}", "mu is at least 0"),
         ("codec=[{name: quantise, bits: 1}]", "2 to 16 bits"),

@@ -81,6 +81,27 @@ def test_codes_that_are_special():
         ScalarQuantiser("int4")
 
 
+@given(st.lists(st.floats(-448, 448), max_size=20), st.floats(1e-3, 50))
+def test_a_float8_is_a_16th_away_whatever_the_scale(scalars, scale):
+    quantiser = ScalarQuantiser("float8_e4m3")
+    codes = quantiser.encode(scalars, scale)
+    assert len(codes) == quantiser.width * len(scalars) == len(scalars)
+    found = quantiser.decode(codes, 1.0)
+    # As the format says: 3 bits of mantissa, exponents from -6 on.
+    exponents = np.floor(np.log2(np.maximum(np.abs(scalars), 2.0**-6)))
+    assert (np.abs(found - np.array(scalars)) <= 2.0 ** (exponents - 4) * (1 + 1e-6)).all()
+
+
+def test_float8_codes_that_are_special():
+    quantiser = ScalarQuantiser("float8_e4m3")
+    codes = quantiser.encode([0.0, math.nan, 1e9, -math.inf, 1.0], 8.0)
+    assert list(codes) == [0, 0x7F, 0x7E, 0xFE, 0x38]
+    decoded = quantiser.decode(codes, 8.0)
+    assert np.array_equal(decoded, [0, math.nan, 448, -448, 1], equal_nan=True)
+    everything = quantiser.decode(bytes(range(256)), 1.0)
+    assert np.isnan(everything).sum() == 2 and np.nanmax(everything) == 448
+
+
 contributions = st.builds(
     Contribution, st.integers(0, 9), st.integers(0, 3), st.binary(max_size=12).map(lambda b: b * 4)
 )
@@ -122,8 +143,9 @@ def test_records_that_cannot_be_applied_leave_the_model_as_it_was():
 # The run
 
 
-def test_a_gradient_is_one_byte_and_everyone_replays_the_same_model():
-    federation = simulate(JustOneByte(), steps=5, rounds=6)
+@pytest.mark.parametrize("codes", ["int8", "float8_e4m3"])
+def test_a_gradient_is_one_byte_and_everyone_replays_the_same_model(codes):
+    federation = simulate(JustOneByte(codes=codes), steps=5, rounds=6)
     result = federation.run()
     assert result.ledger.total(direction="up").payload == 6 * 3 * 5
     expected = replayed(federation, 5)

@@ -8,10 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigurationError
-from anabranch.federated import Buffered, Client, DeviceProfile, Federation, Simulation, Site, Sync
+from anabranch.federated import (
+    Buffered,
+    Client,
+    Deadline,
+    DeviceProfile,
+    Federation,
+    Simulation,
+    Site,
+    Sync,
+    Uniform,
+)
+from anabranch.federated.scheduling.compass import Compass
 from anabranch.federated.scheduling.fixed import FixedWindows
 from anabranch.federated.strategies.fedfix import FedFix
-from anabranch.federated.surrogate import arrivals, fixed_windows, rounds
+from anabranch.federated.surrogate import arrivals, fixed_windows, played, rounds
 
 SECONDS = {"a": 1.0, "b": 2.5, "c": 4.0}
 P = {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -116,3 +127,54 @@ def test_counting_is_never_biased_and_a_long_window_is_a_round(seconds, window, 
 def test_what_cannot_be_planned(make, says):
     with pytest.raises(ConfigurationError, match=says):
         make()
+
+
+DEVICES = {name: DeviceProfile(taken / 10) for name, taken in SECONDS.items()}
+STEPS = dict.fromkeys(SECONDS, 10)
+
+
+@pytest.mark.parametrize("weights", ["equal", "counting"])
+def test_playing_a_schedule_gives_what_follows_from_its_arithmetic(weights):
+    for schedule, plan in (
+        (Buffered(300, 2), arrivals(SECONDS, P, 2, weights)),
+        (FixedWindows(300, 1.5), fixed_windows(SECONDS, 1.5, P, weights)),
+        (Sync(20), rounds(SECONDS, P)),
+    ):
+        found = played(schedule, DEVICES, STEPS, P, weights)
+        assert found.importance == pytest.approx(plan.importance, rel=0.03)
+        assert found.arrivals == pytest.approx(plan.arrivals, rel=0.03)
+        assert found.staleness == pytest.approx(plan.staleness, rel=0.03, abs=1e-9)
+        assert found.versions_per_second == pytest.approx(plan.versions_per_second, rel=0.03)
+
+
+def test_sampled_rounds_last_as_long_as_the_slowest_of_them():
+    slowest = {1: (1.0 + 2.5 + 4.0) / 3, 2: (2.5 + 4.0 + 4.0) / 3, 3: 4.0}
+    for sample, taken in slowest.items():
+        plan = rounds(SECONDS, P, sample)
+        assert 1 / plan.versions_per_second == pytest.approx(taken)
+        assert plan.arrivals == pytest.approx(dict.fromkeys(P, sample / 3))
+        assert plan.importance == pytest.approx(P)
+    found = played(Sync(600, Uniform(2)), DEVICES, STEPS, P, "equal")
+    assert 1 / found.versions_per_second == pytest.approx(slowest[2], rel=0.05)
+
+
+def test_who_misses_every_deadline_counts_for_nothing():
+    found = played(Deadline(20, seconds=3.0), DEVICES, STEPS, P, "counting")
+    assert found.importance == pytest.approx({"a": 0.625, "b": 0.375, "c": 0.0})
+    assert found.arrivals["c"] == 0 and found.bias == pytest.approx(0.2)
+    assert found.versions_per_second == pytest.approx(1 / 3)
+
+
+def test_groups_of_devices_within_the_ratio_of_steps_hold_everyone():
+    found = played(Compass(60, max_steps=50, min_steps=10), DEVICES, STEPS, P, "equal")
+    assert found.arrivals == pytest.approx(dict.fromkeys(P, 1.0))
+    assert found.importance == pytest.approx(P) and found.bias == pytest.approx(0)
+
+
+def test_what_cannot_be_played():
+    with pytest.raises(ConfigurationError, match="4 versions"):
+        played(Sync(2), DEVICES, STEPS)
+    with pytest.raises(ConfigurationError, match="no time"):
+        played(Sync(9), {"a": DeviceProfile()}, {"a": 1})
+    with pytest.raises(ConfigurationError, match="from 1 to the 3"):
+        rounds(SECONDS, P, 4)

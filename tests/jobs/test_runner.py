@@ -198,6 +198,7 @@ def test_two_runners_never_run_one_job_twice(bench: Bench, tmp_path: Path) -> No
         ("finetune", {"recipe": "recipe: x\n"}, "train"),
         ("finetune", {"recipe": "no-such"}, "no-such"),
         ("federate", {"job": "federate: x\nstrategy: nonsense\n"}, "recipe"),
+        ("search", {"job": "federate: x\nrecipe: arithmetic\n", "vary": []}, "vary"),
         ("evaluate", {"claims": []}, "claims"),
         ("evaluate", {"claims": ["S999"]}, "S999"),
     ],

@@ -1,7 +1,7 @@
 """S13, FederatedScope-LLM: federated beats local tuning, and offsite tuning works when plugged in.
 
 Four clients with an operation each tune TinyOps transformers: LoRA on one of two layers, and the
-outer layers around an emulator of one of eight.
+outer layers around an emulator of one of eight. SmolLM2-135M is asked real tasks before and after.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from anabranch.models.progress import Progress
 
 
 class Package(Claim):
-    """Four modes of one set-up, then tuning without the full model."""
+    """Modes of one set-up, tuning without the full model, and real tasks."""
 
     id = "S13"
     name = "fs-llm"
@@ -31,7 +31,7 @@ class Package(Claim):
     )
 
     def measure(self, seed: int, progress: Progress) -> Measurement:
-        """The four modes over three seeds, then offsite tuning."""
+        """The modes over three seeds, offsite tuning, and real tasks."""
         from anabranch.claims.federated_experiments.fs_llm import measure
 
         return measure(seed, progress)

@@ -19,6 +19,9 @@ from anabranch.cli import (
     federate,
     federation,
     federation_compare,
+    federation_plan,
+    federation_search,
+    federation_timeline,
     finetune,
     geometry,
     graph,
@@ -64,6 +67,9 @@ app.command("top")(top.top)
 app.command("finetune")(finetune.finetune)
 app.command("federate")(federate.federate)
 federation.app.command("compare")(federation_compare.compare)
+federation.app.command("search")(federation_search.search)
+federation.app.command("plan")(federation_plan.plan)
+federation.app.command("timeline")(federation_timeline.timeline)
 app.add_typer(federation.app, name="federation")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")

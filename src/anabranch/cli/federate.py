@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -127,8 +127,12 @@ def clients(coordinator: Coordinator) -> Table:
 
 
 def draw(outcome: Outcome) -> None:
-    """``loss.svg``: training and validation loss over the time of the run; needs matplotlib."""
+    """``loss.svg``: training and validation loss over the time of the run; needs matplotlib.
+
+    ``timeline.svg`` if the schedule keeps a timeline.
+    """
     from anabranch.evaluation.plotting import Plot, svg
+    from anabranch.federated.timeline_plot import timeline_svg
     from anabranch.files import write_text
 
     history = outcome.result.history
@@ -142,15 +146,17 @@ def draw(outcome: Outcome) -> None:
         for name, key in (("clients", "loss"), ("validation", "valid/loss"))
     }
     series = {name: points for name, points in series.items() if points}
-    if not series:
-        return
     axis = f"{outcome.result.clock} seconds" if timed else "version"
+    timeline = outcome.result.timeline
     try:
-        picture = svg(Plot("Loss", axis, "loss", series), ink="#333333")
+        if series:
+            picture = svg(Plot("Loss", axis, "loss", series), ink="#333333")
+            write_text(outcome.folder / "loss.svg", picture)
+        if timeline is not None and timeline.bars:
+            picture = timeline_svg(timeline, outcome.result.clock)
+            write_text(outcome.folder / "timeline.svg", picture)
     except MissingExtra as error:
-        errors.print(f"no loss.svg: {error}", style="yellow")
-    else:
-        write_text(outcome.folder / "loss.svg", picture)
+        errors.print(f"no pictures: {error}", style="yellow")
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -163,9 +169,27 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "seconds": result.seconds,
         "bytes": result.ledger.total().bytes,
         "incidents": len(result.incidents),
+        "evaluations": dict(outcome.evaluations),
         "output": str(outcome.folder),
         "saved": str(outcome.saved),
     }
+
+
+def evaluations(found: Mapping[str, Any]) -> Table:
+    """Figures of the model before and after, and its losses on what each client holds out."""
+    table = Table("evaluated", "before", "after", box=None, pad_edge=False)
+    before, after = found["before"], found["after"]
+    for name, value in after["figures"].items():
+        table.add_row(name.removeprefix("task/"), f"{before['figures'][name]:.4f}", f"{value:.4f}")
+    clients = list(after["clients"].items())
+    for client, figures in clients[:MOST_ROWS]:
+        for name, value in figures.items():
+            table.add_row(
+                f"{name}, {client}", f"{before['clients'][client][name]:.4f}", f"{value:.4f}"
+            )
+    if len(clients) > MOST_ROWS:
+        table.add_row(f"and {len(clients) - MOST_ROWS} more clients; report.json has all")
+    return table
 
 
 def show(outcome: Outcome) -> None:
@@ -177,11 +201,20 @@ def show(outcome: Outcome) -> None:
             first = result.history[0].get(name)
             table.add_row(name, "" if first is None else f"{first:.4f}", f"{value:.4f}")
     out.print(table)
+    if outcome.evaluations:
+        out.print(evaluations(outcome.evaluations))
     up, down = (result.ledger.total(direction=direction) for direction in ("up", "down"))
     out.print(
         f"{result.version} versions in {result.seconds:.1f} {result.clock} seconds; "
         f"{bytes_text(up.bytes)} up, {bytes_text(down.bytes)} down"
     )
+    if result.timeline is not None:
+        timeline = result.timeline
+        out.print(
+            f"{len(timeline.bars)} tasks in {len(timeline.groups)} groups, "
+            f"{timeline.count('late')} late, {timeline.count('failed')} failed; see anabranch "
+            f"federation timeline {outcome.folder}"
+        )
     for incident in result.incidents:
         out.print(
             f"{incident.what} ({incident.client or 'coordinator'}, {incident.count}x): "

@@ -15,6 +15,7 @@ from rich.table import Table
 from anabranch.cli.federate import INTERRUPTED, Publish, draw, show, showing, with_publish
 from anabranch.cli.federate import as_json as outcome_json
 from anabranch.cli.output import bytes_text, count_text, errors, out, print_json, progress
+from anabranch.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from anabranch.federated.messages import Reply, Task
@@ -64,6 +65,10 @@ def serve(
     from anabranch.federated.job import load_job
 
     job = load_job(file, with_publish(overrides, publish))
+    if job.clients.held_out:
+        raise ConfigurationError(
+            "clients.held_out: sites that join have rows of their own, which nobody divides"
+        )
     folder = output or Path("runs") / job.federate
 
     def listening(network: Network) -> None:
@@ -224,7 +229,6 @@ def revoke(
 
 
 def _roster(folder: Path) -> Roster:
-    from anabranch.errors import ConfigurationError
     from anabranch.federated.runtimes.network.roster import Roster
 
     if not (folder / "network" / "sites.sqlite").exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +43,29 @@ def svg(plot: Plot, ink: str = "currentColor") -> str:
 
     Raises :class:`MissingExtra` without matplotlib.
     """
+
+    def draw(axes: Any) -> None:
+        for name, points in plot.series.items():
+            line = "none" if name in plot.marks else "-"
+            marker = "o" if name in plot.marks or len(points) < 20 else ""
+            x, y = [p[0] for p in points], [p[1] for p in points]
+            axes.plot(x, y, linestyle=line, marker=marker, markersize=4, label=name)
+        for name, height in (plot.levels or {}).items():
+            axes.axhline(height, linestyle=":", color=_INK, linewidth=1, label=name)
+        axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y, xscale=plot.x_scale)
+        if len(plot.series) + len(plot.levels or {}) > 1:
+            axes.legend()
+
+    return drawn(draw, plot.title, ink)
+
+
+def drawn(
+    draw: Callable[[Any], None], salt: str, ink: str, size: tuple[float, float] = _SIZE
+) -> str:
+    """What ``draw(axes)`` draws on matplotlib's axes, as :func:`svg` gives it.
+
+    ``size`` is in inches; the same ``salt`` and drawing give the same text.
+    """
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -52,25 +75,16 @@ def svg(plot: Plot, ink: str = "currentColor") -> str:
 
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
-        "svg.hashsalt": plot.title,
+        "svg.hashsalt": salt,
         "font.family": "sans-serif",
         "legend.frameon": False,
     }
     colours = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with matplotlib.rc_context(settings | dict.fromkeys(colours, _INK)):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
-        for name, points in plot.series.items():
-            line = "none" if name in plot.marks else "-"
-            marker = "o" if name in plot.marks or len(points) < 20 else ""
-            x, y = [p[0] for p in points], [p[1] for p in points]
-            axes.plot(x, y, linestyle=line, marker=marker, markersize=4, label=name)
-        for name, height in (plot.levels or {}).items():
-            axes.axhline(height, linestyle=":", color=_INK, linewidth=1, label=name)
-        axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y, xscale=plot.x_scale)
+        draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(plot.series) + len(plot.levels or {}) > 1:
-            axes.legend()
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
     found = re.sub(r"^.*?(?=<svg)", "", file.getvalue(), count=1, flags=re.DOTALL)

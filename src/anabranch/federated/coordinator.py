@@ -105,6 +105,7 @@ class Coordinator:
             state.history,
             state.ledger,
             state.incidents,
+            timeline=self.schedule.timeline(),
         )
 
     def identity(self) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class Federation:
     ``not_finite`` says what becomes of a reply with NaN or infinity: ``reject`` it (counted),
     ``zero`` those values (counted), or ``raise``. After ``patience`` commits in a row that had
     nothing to commit, the last error is raised. ``watch(coordinator)`` is called after each commit
-    and may return figures.
+    and may return figures. At version ``until`` the run pauses: its result so far is returned, and
+    ``resume()`` of a federation with another ``until``, or none, goes on.
 
     Example::
 
@@ -73,6 +74,7 @@ class Federation:
         not_finite: NotFinitePolicy = "reject",
         patience: int = 3,
         watch: Watch | None = None,
+        until: int | None = None,
     ) -> None:
         self.coordinator = Coordinator(
             server,
@@ -90,6 +92,7 @@ class Federation:
         self.client = client
         self.runtime = runtime
         self.store = RunStore(store) if isinstance(store, str | Path) else store
+        self.until = until
         self._stored_version = -1
         self._used = False
 
@@ -127,6 +130,8 @@ class Federation:
         while state.stopped is None:
             if state.version != self._stored_version and self.server.quiet:
                 self._save()
+            if self.until is not None and state.version >= self.until:
+                return replace(self.coordinator.result(), clock=self.runtime.clock)
             happened = self.runtime.next_input()
             if happened is None:
                 raise Stalled(

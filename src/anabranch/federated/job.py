@@ -10,9 +10,11 @@
     local: {steps: 10}
     codec: [{name: top_k, keep: 0.1}, {name: quantise, bits: 8}]
     error_feedback: true
+    evaluations: [recipe, {name: arc-easy, limit: 200}]
 
-The recipe's data, base, adapter and training options are used; its steps, deployment and
-evaluations are not. All keys are checked before anything is loaded.
+The recipe's data, base, adapter and training options are used, and its evaluations if
+``evaluations`` says ``recipe``; its steps and deployment are not. All keys are checked before
+anything is loaded.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ from torch import nn
 
 from anabranch import registry
 from anabranch.errors import ConfigurationError, UnknownName
+from anabranch.evaluation.benchmarks import Benchmark
 from anabranch.federated import splits
 from anabranch.federated.clock import DeviceProfile, log_uniform
 from anabranch.federated.codecs import Chain, Codec, ErrorFeedback
+from anabranch.federated.examination import RECIPE, Examination
 from anabranch.federated.local import LocalTraining
 from anabranch.federated.messages import Work
+from anabranch.federated.personal import hold_out
 from anabranch.federated.runtimes import Runtime, Simulation, Site
 from anabranch.federated.runtimes.processes import Processes
 from anabranch.federated.scheduling import Buffered, Deadline, Everyone, Schedule, Sync, Uniform
@@ -51,6 +56,7 @@ from anabranch.training.plugins import construct
 from anabranch.training.privacy import Privacy
 from anabranch.training.recipe import NAME, Choice, Count, Recipe
 from anabranch.training.recipe_file import load_recipe, parse_yaml, with_override
+from anabranch.training.setup import Setup
 
 SPLITS: dict[str, Callable[..., Any]] = {
     "iid": splits.iid,
@@ -65,11 +71,14 @@ class Clients(Section):
 
     ``split`` is iid, dirichlet (``alpha``, ``min_size``, ``balance``), shards (``per_client``), or
     category, which makes one client for each of the recipe's data sources and takes no ``count``.
-    The label of an example is the name of its source.
+    The label of an example is the name of its source. ``held_out`` is the share of each client's
+    examples that it is evaluated on and does not train on; null is a tenth in a comparison, and
+    none elsewhere.
     """
 
     count: Count | None = None
     split: Choice = Choice(name="iid")
+    held_out: Annotated[float | None, Field(ge=0, lt=1)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Clients:
@@ -80,7 +89,16 @@ class Clients(Section):
         return self
 
     def divide(self, labels: Sequence[str], seed: int) -> dict[str, np.ndarray]:
-        """Indices of each client's examples, by client name."""
+        """Indices of the examples that each client trains on, by client name."""
+        parts = self._parts(labels, seed)
+        own = hold_out(parts, self.held_out or 0.0, seed)
+        return {name: part[~np.isin(part, own[name])] for name, part in parts.items()}
+
+    def own(self, labels: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+        """Indices of those that each client is evaluated on."""
+        return hold_out(self._parts(labels, seed), self.held_out or 0.0, seed)
+
+    def _parts(self, labels: Sequence[str], seed: int) -> dict[str, np.ndarray]:
         options = self.split.options
         try:
             if self.split.name == "category":
@@ -152,10 +170,15 @@ class Timetable(Section):
 
 
 class Local(Section):
-    """What a client does in a task: ``steps`` or ``epochs``."""
+    """What a client does in a task: ``steps`` or ``epochs``.
+
+    ``personal`` are the steps with which each client tunes the result for itself in a comparison,
+    by default ``steps``.
+    """
 
     steps: Count | None = None
     epochs: Annotated[float | None, Field(gt=0)] = None
+    personal: Count | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Local:
@@ -219,6 +242,8 @@ class FederateJob(Section):
 
     ``devices`` are simulated speeds: ``equal`` ones take no time, ``log_uniform`` ones are spread
     over an order of magnitude. Every ``evaluate_every`` versions the validation rows are scored.
+    ``evaluations`` are benchmarks (``anabranch list benchmarks``) with their options, and
+    ``recipe`` for the recipe's own; they are asked before the first version and after the last.
     """
 
     federate: str = Field(pattern=rf"^{NAME}$")
@@ -240,6 +265,7 @@ class FederateJob(Section):
     many actors of a Ray cluster, or on SuperNodes of Flower here."""
     workers: Count | None = None
     evaluate_every: Count = 1
+    evaluations: list[Choice] = []
     secure: SecureSum | None = None
     publish: Publish | None = None
     privacy: Promise | None = None
@@ -254,6 +280,11 @@ class FederateJob(Section):
             raise ConfigurationError(
                 f"{made.name} is for the adapter {made.adapter}; the recipe has "
                 f"{self.recipe.adapter.method}"
+            )
+        if made.moves_base:
+            raise ConfigurationError(
+                f"{made.name} also moves the frozen weights, which a saved adapter does not hold; "
+                f"call {type(made).__name__}().simulate(...) from Python and merge the model"
             )
         if self.privacy is not None and not made.private:
             raise ConfigurationError(f"{made.name} cannot keep privacy; fedavg and fed-sb can")
@@ -270,6 +301,27 @@ class FederateJob(Section):
         if self.secure is not None:
             return Secure(made, self.secure.build())
         return made
+
+    def make_benchmarks(self) -> dict[str, Benchmark[Any]]:
+        """By label. Raises for unknown names and options, and for two of one label."""
+        made: dict[str, Benchmark[Any]] = {}
+        for choice in self.evaluations:
+            if choice.name == RECIPE:
+                if choice.options:
+                    raise ConfigurationError("evaluations: recipe has no options; its file has")
+                continue
+            benchmark = _plugin("benchmarks", choice, "evaluations")
+            if benchmark.label in made:
+                raise ConfigurationError(
+                    f"evaluations: two are called {benchmark.label!r}; give one a label"
+                )
+            made[benchmark.label] = benchmark
+        return made
+
+    def make_examination(self, setup: Setup) -> Examination:
+        """The job's evaluations of the model of a set-up."""
+        asks_recipe = any(choice.name == RECIPE for choice in self.evaluations)
+        return Examination(self.make_benchmarks(), asks_recipe, setup)
 
     def make_local(self, objective: Objective[Any, Any]) -> LocalTraining:
         """How every site trains."""
@@ -333,6 +385,8 @@ class FederateJob(Section):
             raise ValueError("devices are simulated speeds; processes are as fast as they are")
         if self.runtime not in ("processes", "ray") and self.workers is not None:
             raise ValueError(f"workers are for runtime: processes or ray; {self.runtime} has none")
+        if self.runtime == "flower" and self.clients.held_out:
+            raise ValueError("clients.held_out: nothing is evaluated on the nodes of Flower")
         if self.error_feedback and not self.codec:
             raise ValueError("error_feedback corrects a codec; none is given")
         if self.keep_versions and self.recipe.adapter.method in ALL_WEIGHTS:
@@ -354,17 +408,35 @@ def load_job(source: str | Path, overrides: Iterable[str] = ()) -> FederateJob:
         values = parse_yaml(path.read_text("utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
+    within_recipe = []
     for override in overrides:
-        values = with_override(values, override)
+        key = override.partition(".")[0]
+        if key == "recipe" and isinstance(values.get("recipe"), str):
+            within_recipe.append(override.partition(".")[2])
+        else:
+            values = with_override(values, override)
     if isinstance(recipe := values.get("recipe"), str):
         beside = path.parent / recipe
-        values["recipe"] = load_recipe(beside if beside.is_file() else recipe)
+        values["recipe"] = load_recipe(beside if beside.is_file() else recipe, within_recipe)
+    values["evaluations"] = _beside(values.get("evaluations", []), path.parent)
     job = parse_options(FederateJob, values)
     try:
-        job.make_schedule(), job.make_codec("up"), job.make_codec("down")
+        job.make_schedule(), job.make_codec("up"), job.make_codec("down"), job.make_benchmarks()
     except UnknownName as error:
         raise ConfigurationError(str(error)) from None
     return job
+
+
+def _beside(evaluations: Any, folder: Path) -> Any:
+    """Let relative paths start at ``folder``; what is malformed is left to be refused."""
+    if not isinstance(evaluations, list):
+        return evaluations
+    return [
+        {**given, "path": str(folder / given["path"])}
+        if isinstance(given, dict) and isinstance(given.get("path"), str)
+        else given
+        for given in evaluations
+    ]
 
 
 def _plugin(kind: str, choice: Choice, where: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from anabranch.federated.errors import FederationError, PayloadError
+from anabranch.federated.randomness import derive_seed, generator
 from anabranch.federated.seeded_directions import truncated
 
 LARGEST_BLOCK = 2**22
@@ -42,11 +43,14 @@ class RandomProjection:
     directions, the others in proportion to their norms.
 
     A message is a 2-byte count for each block, then 4 bytes a direction.
+
+    With a ``pool`` all messages share ``k`` directions a block, named by it. Which of them a
+    message uses follows from its seed, so that it need not say.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], k: int) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], k: int, pool: int | None = None) -> None:
         self.shapes = {name: (t.shape, t.dtype) for name, t in sorted(tensors.items())}
-        self.k = k
+        self.k, self.pool = k, pool
         self.blocks = _blocks({name: t.numel() for name, t in sorted(tensors.items()) if t.numel()})
 
     def encode(self, change: Mapping[str, Tensor], seed: int) -> bytes:
@@ -59,7 +63,7 @@ class RandomProjection:
         counts = [max(FEWEST, math.floor(norm / largest * self.k)) for norm in norms]
         told = [np.array(counts, dtype="<u2").tobytes()]
         for index, (vector, count) in enumerate(zip(vectors, counts, strict=True)):
-            rows = truncated(seed, index, count, len(vector))
+            rows = self._directions(seed, index, count, len(vector))
             products = torch.cat([part @ vector for part in rows]) / count
             told.append(products.numpy().astype("<f4").tobytes())
         return b"".join(told)
@@ -72,9 +76,9 @@ class RandomProjection:
         parts = self.read(message)
         estimate = {name: torch.zeros(math.prod(shape)) for name, (shape, _) in self.shapes.items()}
         for index, (block, told) in enumerate(zip(self.blocks, parts, strict=True)):
-            width = sum(piece.stop - piece.start for piece in block)
+            width = _width(block)
             vector, at = torch.zeros(width), 0
-            for rows in truncated(seed, index, len(told), width):
+            for rows in self._directions(seed, index, len(told), width):
                 vector += told[at : at + len(rows)] @ rows
                 at += len(rows)
             at = 0
@@ -101,6 +105,48 @@ class RandomProjection:
             raise PayloadError("an inner product is NaN or infinite")
         return list(told.split(counts.tolist()))
 
+    def clip(self, message: bytes, bound: float) -> tuple[bytes, int]:
+        """The message with no ``c_j v_j`` longer than ``bound``, and how many were cut.
+
+        For the length of ``v_j`` its root mean square is taken, ``sqrt(n)``.
+        """
+        head, cut = 2 * len(self.blocks), 0
+        kept = [message[:head]]
+        for block, told in zip(self.blocks, self.read(message), strict=True):
+            most = bound * _width(block) ** -0.5
+            cut += int((told.abs() > most).sum())
+            kept.append(told.clamp(-most, most).numpy().astype("<f4").tobytes())
+        return b"".join(kept), cut
+
+    def pooled(self, messages: Iterable[tuple[int, float, bytes]]) -> Tensor:
+        """The sum of ``factor * c_j`` for each direction of the pool, float64 [blocks, k].
+
+        ``messages`` are (seed, factor, message).
+        """
+        total = torch.zeros(len(self.blocks), self.k, dtype=torch.float64)
+        for seed, factor, message in messages:
+            for index, told in enumerate(self.read(message)):
+                total[index, self.chosen(seed, index, len(told))] += factor * told.double()
+        return total
+
+    def chosen(self, seed: int, index: int, count: int) -> list[int]:
+        """The directions of the pool that a message of this seed uses in a block, ascending."""
+        drawn = generator("chosen", seed, index).choice(self.k, count, replace=False)
+        return sorted(drawn.tolist())
+
+    def _directions(self, seed: int, index: int, count: int, width: int) -> Iterator[Tensor]:
+        if self.pool is None:
+            yield from truncated(seed, index, count, width)
+            return
+        for number in self.chosen(seed, index, count):
+            yield from truncated(derive_seed("pool", self.pool, number), index, 1, width)
+
+
+def message_of(products: Tensor) -> bytes:
+    """The message that tells these inner products of each block, float32 [blocks, k]."""
+    counts = np.full(len(products), products.shape[1], dtype="<u2")
+    return counts.tobytes() + products.numpy().astype("<f4").tobytes()
+
 
 def _blocks(sizes: Mapping[str, int]) -> list[Sequence[Piece]]:
     if not sizes:
@@ -117,6 +163,10 @@ def _blocks(sizes: Mapping[str, int]) -> list[Sequence[Piece]]:
             blocks.append([Piece(name, start, min(start + LARGEST_BLOCK, size))])
         room = target - size
     return list(blocks)
+
+
+def _width(block: Sequence[Piece]) -> int:
+    return sum(piece.stop - piece.start for piece in block)
 
 
 def _gather(tensors: Mapping[str, Tensor], block: Sequence[Piece]) -> Tensor:

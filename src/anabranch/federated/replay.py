@@ -16,9 +16,10 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,20 +32,24 @@ _COUNT = struct.Struct("<H")
 _CONTRIBUTION = struct.Struct("<HHH")
 _FIRST_SCALE, _LEAST_SCALE = 8.0, 1e-3
 _SKIPPED = -128
-Kind = Literal["int8", "float32"]
+Kind = Literal["int8", "float8_e4m3", "float32"]
+_LARGEST_FLOAT8 = 448.0
 
 
 class ScalarQuantiser:
-    """Codes of scalars: ``int8`` [-scale, scale] in 255 levels, or ``float32`` as they are.
+    """Codes of scalars: ``int8`` [-scale, scale] in 255 levels, ``float8_e4m3`` (Micikevicius et
+    al. 2022, "FP8 Formats for Deep Learning", section 3) or ``float32`` as they are.
 
-    Scalars beyond the scale are cut off; NaN has a code of its own and comes back as NaN.
+    A float8 has a fixed scale of 1: a 16th of a scalar off at most from 2**-6 to 448, and 2**-10
+    below. Scalars beyond the scale, or beyond 448, are cut off; NaN has a code of its own and comes
+    back as NaN.
     """
 
     def __init__(self, kind: Kind = "int8") -> None:
-        if kind not in ("int8", "float32"):
-            raise ConfigurationError(f"codes are int8 or float32, not {kind!r}")
+        if kind not in get_args(Kind):
+            raise ConfigurationError(f"codes are {', '.join(get_args(Kind))}, not {kind!r}")
         self.kind = kind
-        self.width = 1 if kind == "int8" else 4
+        self.width = 4 if kind == "float32" else 1
         """Bytes a scalar."""
 
     def encode(self, scalars: Sequence[float], scale: float) -> bytes:
@@ -52,14 +57,20 @@ class ScalarQuantiser:
         values = np.asarray(scalars, dtype=np.float64)
         if self.kind == "float32":
             return values.astype("<f4").tobytes()
+        if self.kind == "float8_e4m3":
+            within = torch.from_numpy(values.clip(-_LARGEST_FLOAT8, _LARGEST_FLOAT8))
+            return within.to(torch.float8_e4m3fn).view(torch.uint8).numpy().tobytes()
         unknown = np.isnan(values)
         levels = np.rint(np.where(unknown, 0, values) * (127 / scale)).clip(-127, 127)
         return np.where(unknown, _SKIPPED, levels).astype(np.int8).tobytes()
 
     def decode(self, codes: bytes, scale: float) -> NDArray[np.float64]:
-        """The scalars again, at most ``scale / 254`` away if they were within the scale."""
+        """The scalars again; of int8 at most ``scale / 254`` away if they were within the scale."""
         if self.kind == "float32":
             return np.frombuffer(codes, dtype="<f4").astype(np.float64)
+        if self.kind == "float8_e4m3":
+            found = torch.from_numpy(np.frombuffer(codes, dtype=np.uint8).copy())
+            return found.view(torch.float8_e4m3fn).to(torch.float64).numpy()
         levels = np.frombuffer(codes, dtype=np.int8).astype(np.float64)
         return np.where(levels == _SKIPPED, np.nan, levels * (scale / 127))
 

@@ -10,6 +10,7 @@ from typing import Literal
 from anabranch.federated.incidents import Incidents
 from anabranch.federated.ledger import Ledger
 from anabranch.federated.server import Update
+from anabranch.federated.timeline import Timeline
 
 Clock = Literal["virtual", "real"]
 """Whose time the times of a run are: that of simulated devices, or the one on the wall."""
@@ -21,7 +22,8 @@ class RunResult:
 
     ``seconds`` is the time of the run on its ``clock``. ``history`` has a row of figures
     for each version: its ``seconds``, the mean of the clients' metrics weighted by examples, what
-    the server's commit said, and what ``watch`` returned.
+    the server's commit said, and what ``watch`` returned. ``timeline`` is the schedule's, if it
+    keeps one.
     """
 
     version: int
@@ -31,6 +33,7 @@ class RunResult:
     ledger: Ledger
     incidents: Incidents
     clock: Clock = "virtual"
+    timeline: Timeline | None = None
 
     @property
     def metrics(self) -> Mapping[str, float]:

@@ -1,15 +1,16 @@
 """From a job to a folder with its result: the federation, evaluated and reported.
 
 The folder holds ``run/`` (snapshots, journal and the sites' state, for going on after a crash),
-``job.json``, ``adapter/`` and ``report.json``; the command line adds ``loss.svg``.
+``job.json``, ``adapter/`` and ``report.json``; ``evaluations.json`` if the job has any, or examples
+that clients hold out; the command line adds ``loss.svg``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from anabranch.federated.categories import category_losses
 from anabranch.federated.coordinator import Coordinator
 from anabranch.federated.core import Federation
 from anabranch.federated.job import FederateJob
+from anabranch.federated.personal import own_losses
 from anabranch.federated.publishing import Publisher
 from anabranch.federated.result import RunResult
 from anabranch.federated.runtimes import Runtime, Site
@@ -39,11 +41,16 @@ MOST_VALIDATION_ROWS = 200
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished federation: its result, and the adapter (or model) that came of it."""
+    """A finished federation: its result, and the adapter (or model) that came of it.
+
+    ``evaluations`` are those of the model ``before`` and ``after``: ``figures``, and those of each
+    of the ``clients`` that hold out examples.
+    """
 
     folder: Path
     saved: Path
     result: RunResult
+    evaluations: Mapping[str, Any] = field(default_factory=dict)
 
 
 def federate(
@@ -63,14 +70,31 @@ def federate(
     if job.runtime == "ray":
         import anabranch.federated.runtimes.ray  # noqa: F401 - says so if Ray is missing
     claim(folder, job)
+    setup, items, runtime, clients, own = deal_out(job, progress)
+    return run_job(job, folder, setup, items, runtime, clients, progress, observe, own)
+
+
+class Dealt(NamedTuple):
+    """What a job runs on, if its clients are here."""
+
+    setup: Setup
+    items: Sequence[Item]
+    runtime: Runtime
+    clients: Sequence[str]
+    own: Mapping[str, Sequence[Item]]
+
+
+def deal_out(job: FederateJob, progress: Progress = silent) -> Dealt:
+    """Base, data, sites and their runtime. Nothing is started yet."""
     setup, items, parts = deal(job, progress)
     devices = job.make_devices(len(parts))
     sites = [
         Site(name, [items[index] for index in part], device)
         for (name, part), device in zip(parts.items(), devices, strict=True)
     ]
-    runtime = job.make_runtime(sites, setup.model)
-    return run_job(job, folder, setup, items, runtime, list(parts), progress, observe)
+    held_out = job.clients.own([item[0].task for item in items], job.seed)
+    own = {name: [items[index] for index in part] for name, part in held_out.items()}
+    return Dealt(setup, items, job.make_runtime(sites, setup.model), list(parts), own)
 
 
 def deal(
@@ -93,11 +117,44 @@ def run_job(
     clients: Sequence[str],
     progress: Progress = silent,
     observe: Observer | None = None,
+    own: Mapping[str, Sequence[Item]] | None = None,
 ) -> Outcome:
     """Run a job on any runtime, or go on with it: evaluated, saved and reported.
 
-    ``items`` are what is trained on as far as it is known here, ``clients`` names for the topology.
+    ``items`` are what is trained on as far as it is known here, ``clients`` names for the topology,
+    ``own`` the examples that clients hold out.
     """
+    evaluated = _Evaluated(job, folder, setup, own or {}, progress)
+    evaluated.at("before")
+    federation = make_federation(job, folder, setup, items, runtime, clients, progress, observe)
+    result = run_or_resume(federation, folder)
+    load_shared(setup.model, _tensors(federation.coordinator))
+    saved = setup.save(folder)
+    evaluated.at("after")
+    found = report(job, result)
+    if evaluated.found:
+        found["evaluations"] = evaluated.found
+    write_json(folder / "report.json", found)
+    return Outcome(folder, saved, result, evaluated.found)
+
+
+def run_or_resume(federation: Federation, folder: Path) -> RunResult:
+    """Run it, or go on with what the folder holds."""
+    return federation.resume() if RunStore(folder / "run").snapshots() else federation.run()
+
+
+def make_federation(
+    job: FederateJob,
+    folder: Path,
+    setup: Setup,
+    items: Sequence[Item],
+    runtime: Runtime,
+    clients: Sequence[str],
+    progress: Progress = silent,
+    observe: Observer | None = None,
+    until: int | None = None,
+) -> Federation:
+    """The federation of a job, which scores the validation rows and publishes as the job says."""
     local = job.make_local(setup.objective)
     strategy = job.make_strategy()
     validation = setup.valid[:MOST_VALIDATION_ROWS]
@@ -126,7 +183,7 @@ def run_job(
         progress(_line(coordinator, job), coordinator.version / job.schedule.rounds)
         return figures
 
-    federation = Federation(
+    return Federation(
         strategy.begin(setup.model),
         strategy.client(local),
         job.make_schedule(),
@@ -137,17 +194,45 @@ def run_job(
         store=folder / "run",
         seed=job.seed,
         watch=watch,
+        until=until,
     )
-    result = federation.resume() if RunStore(folder / "run").snapshots() else federation.run()
-    load_shared(setup.model, _tensors(federation.coordinator))
-    saved = setup.save(folder)
-    write_json(folder / "report.json", report(job, result))
-    return Outcome(folder, saved, result)
+
+
+class _Evaluated:
+    """The job's evaluations and the clients' own losses, kept in ``evaluations.json``."""
+
+    def __init__(
+        self,
+        job: FederateJob,
+        folder: Path,
+        setup: Setup,
+        own: Mapping[str, Sequence[Item]],
+        progress: Progress,
+    ) -> None:
+        self._path = folder / "evaluations.json"
+        self._examine = job.make_examination(setup)
+        self._progress = progress
+        self._own = {}
+        if own := {name: items for name, items in own.items() if items}:
+            everything = [item for items in own.values() for item in items]
+            trainer: Trainer[Any] = Trainer(
+                setup.model, setup.objective, job.recipe.train, everything, everything
+            )
+            self._own = own_losses(trainer, own)
+        self.found: dict[str, Any] = read_json(self._path) if self._path.exists() else {}
+
+    def at(self, when: Literal["before", "after"]) -> None:
+        """Ask the model as it is now, unless it was asked before the run was cut off."""
+        if when in self.found or not (self._examine or self._own):
+            return
+        clients = {name: score() for name, score in self._own.items()}
+        self.found[when] = {"figures": self._examine(self._progress), "clients": clients}
+        write_json(self._path, self.found)
 
 
 def report(job: FederateJob, result: RunResult) -> dict[str, Any]:
     """Everything that was measured, as plain values."""
-    return {
+    made = {
         "job": job.resolved(),
         "versions": result.version,
         "reason": result.reason,
@@ -162,6 +247,9 @@ def report(job: FederateJob, result: RunResult) -> dict[str, Any]:
         ],
         "incidents": result.incidents.state_dict()["incidents"],
     }
+    if result.timeline is not None:
+        made["timeline"] = result.timeline.to_list()
+    return made
 
 
 def claim(folder: Path, job: FederateJob) -> None:

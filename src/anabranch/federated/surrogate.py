@@ -17,9 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from anabranch.errors import ConfigurationError
+from anabranch.federated.client import Client, ClientContext
+from anabranch.federated.clock import DeviceProfile
+from anabranch.federated.core import Federation
+from anabranch.federated.incidents import Incidents
+from anabranch.federated.payload import Payload
+from anabranch.federated.runtimes import Simulation, Site
+from anabranch.federated.scheduling import Schedule
+from anabranch.federated.server import Server, Update
 
 Weights = Literal["counting", "equal"]
 
@@ -30,21 +38,35 @@ class Plan:
 
     ``importance``: the surrogate share of each client, 1 in sum. ``bias``: half the sum of its
     distances from the wanted shares, 0 to 1. ``weights``: of one update of each client; a large one
-    means versions that jump. ``staleness``: mean age of an update, in versions.
+    means versions that jump. ``arrivals``: updates of each client in a version, on average.
+    ``staleness``: mean age of an update, in versions.
     """
 
     importance: Mapping[str, float]
     bias: float
     weights: Mapping[str, float]
+    arrivals: Mapping[str, float]
     versions_per_second: float
     staleness: float
 
 
-def rounds(seconds: Mapping[str, float], wanted: Mapping[str, float] | None = None) -> Plan:
-    """Everyone in every version, which takes as long as the slowest (FedAvg)."""
+def rounds(
+    seconds: Mapping[str, float],
+    wanted: Mapping[str, float] | None = None,
+    sample: int | None = None,
+) -> Plan:
+    """``sample`` clients, or everyone, in a version, which waits for the slowest (FedAvg)."""
     p = _checked(seconds, wanted)
-    slowest = max(seconds.values())
-    return _plan(p, dict.fromkeys(p, 1 / slowest), 1 / slowest, dict.fromkeys(p, 0.0), "equal")
+    chosen = len(p) if sample is None else sample
+    if not 1 <= chosen <= len(p):
+        raise ConfigurationError(f"sample is from 1 to the {len(p)} clients, not {chosen}")
+    # The slowest of the chosen is the i-th of all in comb(i, chosen - 1) of their sets.
+    slowest = math.fsum(
+        taken * math.comb(faster, chosen - 1) / math.comb(len(p), chosen)
+        for faster, taken in enumerate(sorted(seconds.values()))
+    )
+    rate = chosen / len(p) / slowest
+    return _plan(p, dict.fromkeys(p, rate), 1 / slowest, dict.fromkeys(p, 0.0), "equal")
 
 
 def arrivals(
@@ -59,8 +81,8 @@ def arrivals(
     p = _checked(seconds, wanted)
     rates = {name: 1 / taken for name, taken in seconds.items()}
     versions = math.fsum(rates.values()) / size
-    # Of the versions made meanwhile, the one that it is in itself makes it no older.
-    ages = {name: max(0.0, taken * versions - 1) for name, taken in seconds.items()}
+    # One in ``size`` makes a version by its own arrival, which makes it no older.
+    ages = {name: max(0.0, taken * versions - 1 / size) for name, taken in seconds.items()}
     return _plan(p, rates, versions, ages, weights)
 
 
@@ -80,6 +102,74 @@ def fixed_windows(
     return _plan(p, rates, 1 / window, ages, weights)
 
 
+def played(
+    schedule: Schedule,
+    devices: Mapping[str, DeviceProfile],
+    steps: Mapping[str, int],
+    wanted: Mapping[str, float] | None = None,
+    weights: Weights = "counting",
+) -> Plan:
+    """What any schedule does, found by playing it without training: for FedCompass and deadlines.
+
+    ``devices`` are the clients'; ``steps`` are those of a task that does not say how many. The
+    schedule is used up. Its first half is for getting to know the clients and does not count; nor
+    does the last version, which may hold everything that is there.
+    """
+    p = _checked(dict.fromkeys(devices, 1.0), wanted)
+    sites = [Site(name, (), device, examples=1) for name, device in devices.items()]
+    server = _Tally()
+    federation = Federation(server, _Idle(steps), schedule, Simulation(sites))
+    federation.coordinator.state.incidents = _Unheard()  # who is late here is late on purpose
+    ends = [row["seconds"] for row in federation.run().history]
+    first, last = len(ends) // 2, len(ends) - 1
+    if last - first < 1:
+        raise ConfigurationError(f"a schedule is played for 4 versions or more, not {len(ends)}")
+    counted = [one for version in server.versions[first:last] for one in version]
+    duration = ends[last - 1] - ends[first - 1]
+    if not duration > 0:
+        raise ConfigurationError("these devices take no time, so that nothing can be expected")
+    rates, ages = dict.fromkeys(p, 0.0), dict.fromkeys(p, 0.0)
+    for name, age in counted:
+        rates[name] += 1 / duration
+        ages[name] += age
+    ages = {name: age / max(1.0, rates[name] * duration) for name, age in ages.items()}
+    return _plan(p, rates, (last - first) / duration, ages, weights)
+
+
+class _Tally(Server):
+    """Notes who is in each version, and how old the updates are."""
+
+    def __init__(self) -> None:
+        self.versions: list[list[tuple[str, int]]] = []
+
+    def message(self, client: str, kind: str) -> Payload:
+        return {}
+
+    def fold(self, acc: Any, update: Update) -> Any:
+        return [*(acc or ()), (update.client, update.staleness)]
+
+    def commit(self, acc: Any) -> None:
+        self.versions.append(acc)
+
+
+class _Idle(Client):
+    """Says that it did its steps."""
+
+    def __init__(self, steps: Mapping[str, int]) -> None:
+        self._steps = steps
+
+    def run(self, ctx: ClientContext, kind: str, payload: Payload) -> tuple[Payload, int]:
+        ctx.spend(ctx.work.steps or self._steps[ctx.name])
+        return {}, 1
+
+
+class _Unheard(Incidents):
+    """Neither counted nor logged."""
+
+    def record(self, what: str, client: str, message: str) -> None:
+        pass
+
+
 def _plan(
     p: Mapping[str, float],
     rates: Mapping[str, float],
@@ -90,7 +180,9 @@ def _plan(
     """``rates`` are updates of each client per second, ``ages`` how old each is."""
     if weights not in ("counting", "equal"):
         raise ConfigurationError(f"weights is counting or equal, not {weights!r}")
-    since = {n: versions / rate if weights == "counting" else 1.0 for n, rate in rates.items()}
+    since = {
+        n: versions / rate if weights == "counting" and rate else 1.0 for n, rate in rates.items()
+    }
     each = {name: p[name] * since[name] for name in p}
     total = math.fsum(rates[name] * each[name] for name in p)
     importance = {name: rates[name] * each[name] / total for name in p}
@@ -99,6 +191,7 @@ def _plan(
         importance,
         math.fsum(abs(importance[name] - p[name]) for name in p) / 2,
         each,
+        {name: rate / versions for name, rate in rates.items()},
         versions,
         math.fsum(rates[name] * ages[name] for name in p) / updates,
     )

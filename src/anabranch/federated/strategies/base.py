@@ -35,6 +35,8 @@ class Strategy(ABC):
     """Whether clients whose steps are private say nothing else of their examples."""
     adapter: ClassVar[str] = ""
     """The adapter method that it is for; empty: anything that is trained."""
+    moves_base: ClassVar[bool] = False
+    """Whether versions hold frozen weights, too, so that an adapter alone is not the model."""
 
     @abstractmethod
     def server(self, start: Mapping[str, Tensor]) -> Server:

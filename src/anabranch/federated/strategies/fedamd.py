@@ -29,6 +29,7 @@ from anabranch.federated.strategies.directions import (
 )
 from anabranch.federated.strategies.pending import propose, settled
 from anabranch.federated.strategies.warm_up import WarmUp
+from anabranch.training.result import StepReport
 from anabranch.training.trainer import Trainer
 
 Cache = Literal["server", "client"]
@@ -241,7 +242,7 @@ class FedAMDClient(Client):
         model = with_label("model", payload)
         target = with_label("target", payload)
         if target:
-            result = self.local.run(ctx, model, [_Mine(target)])
+            result = self.local.run(ctx, model, [Mine(target)])
             ctx.spend(max(0, result.steps - 1))  # each step but the first has a second gradient
             change = {name: result.tensors[name] - x for name, x in model.items()}
             return {"role": "miner", **change}, result.examples
@@ -254,13 +255,15 @@ class FedAMDClient(Client):
         return {"role": "anchor", **gradient}, examples
 
 
-class _Mine(StepHook):
+class Mine(StepHook):
     """``g += gradient here - gradient one step ago``, of the same examples; step along ``g``."""
 
     def __init__(self, target: Tensors) -> None:
         self.direction = target
         self.start = _norm(target)
         self.last: Tensors = {}
+        self.reach = 0.0
+        """Sum of the learning rates of the steps."""
 
     def after_gradients(self, trainer: Trainer[Any]) -> None:
         """The first step goes along the target itself."""
@@ -280,6 +283,10 @@ class _Mine(StepHook):
         self.last = {name: p.detach().clone() for name, p in parameters.items()}
         for name, parameter in parameters.items():
             parameter.grad = self.direction[name].to(parameter.device).clone()
+
+    def after_step(self, trainer: Trainer[Any], report: StepReport) -> None:
+        """A step that was not finite went nowhere."""
+        self.reach += 0.0 if report.skipped else report.lr
 
 
 class DivergedLocally(FederationError):

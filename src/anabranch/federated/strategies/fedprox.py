@@ -32,10 +32,12 @@ class FedProx(FedAvg):
 
     def client(self, local: LocalTraining) -> Client:
         """Trains on a leash."""
-        return _ProximalClient(local, self.upload, self.mu)
+        return ProximalClient(local, self.upload, self.mu)
 
 
-class _ProximalClient(LocalClient):
+class ProximalClient(LocalClient):
+    """Adds the gradient of ``mu / 2 |w - w_sent|^2`` to every step."""
+
     def __init__(self, local: LocalTraining, upload: Any, mu: float) -> None:
         super().__init__(local, upload)
         self.mu = mu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -16,16 +16,18 @@ from anabranch.federated.errors import EmptyRound, PayloadError
 from anabranch.federated.local import LocalTraining
 from anabranch.federated.messages import Reply
 from anabranch.federated.payload import Payload, Value
-from anabranch.federated.random_projection import RandomProjection
+from anabranch.federated.random_projection import RandomProjection, message_of
 from anabranch.federated.randomness import derive_seed
 from anabranch.federated.seeded_model import digest, require_same_base
 from anabranch.federated.server import Accumulator, Server, ServerContext, Update
 from anabranch.federated.shared import shared_tensors, tensors_of
 from anabranch.federated.strategies.base import Strategy
 from anabranch.federated.wire import Direction, Field, Schema
+from anabranch.training.schedules import Schedule as Decay
+from anabranch.training.schedules import lr_factor
 
 _CONTRIBUTION = struct.Struct("<qdI")
-"""Seed of the directions, share in the mean, bytes of inner products that follow."""
+"""Seed of the directions, factor of the estimate, bytes of inner products that follow."""
 
 
 class Ferret(Strategy):
@@ -38,8 +40,16 @@ class Ferret(Strategy):
     ``server_lr`` calm it.
 
     Estimates are unbiased, so that ``server_lr`` 1 is FedAvg on average; the authors leave out a
-    factor of 3 and use rates up to 10. Directions are drawn anew for each client and version; the
-    authors draw from one pool, which is only needed with their server's momentum.
+    factor of 3 and use rates up to 10. With ``decay``, linear or cosine, the rate falls from
+    ``server_lr`` at the first version to ``final_server_lr`` after ``decay_rounds``. ``clip``
+    bounds the length of what a single direction adds to a version before the rate (None: nothing
+    is cut); versions report how many were ``clipped``, which many of a good rate are not.
+
+    Directions are drawn anew for each client and version, so that errors are independent. With
+    ``momentum`` they are a pool of ``k`` a block for the whole run, as in the authors' code, and a
+    version also moves by that share of what the version before moved by: then the sum over clients
+    goes down, whose size does not grow with clients. Errors along a fixed pool do not average out
+    over rounds, and nothing is learned across it.
 
     Clients keep the model that they had and are sent the inner products since, or the model where
     that is less. A lossy codec for what is sent down would let their models drift off.
@@ -53,6 +63,11 @@ class Ferret(Strategy):
         server_lr: float = 1.0,
         weighting: str = "examples",
         staleness: float = 0.5,
+        momentum: float = 0.0,
+        clip: float | None = 10.0,
+        decay: Decay = "constant",
+        decay_rounds: int | None = None,
+        final_server_lr: float = 0.0,
     ) -> None:
         if not 2 <= k < 2**16:
             raise ConfigurationError(f"k is from 2 to 65,535 directions a block, not {k}")
@@ -62,8 +77,32 @@ class Ferret(Strategy):
             raise ConfigurationError(f"weighting is examples or uniform, not {weighting!r}")
         if not staleness >= 0:
             raise ConfigurationError(f"staleness is an exponent of at least 0, not {staleness}")
+        if not 0 <= momentum < 1:
+            raise ConfigurationError(f"momentum is from 0 to below 1, not {momentum}")
+        if clip is not None and not clip > 0:
+            raise ConfigurationError(f"clip is above 0, or None, not {clip}")
+        if decay not in get_args(Decay):
+            raise ConfigurationError(f"decay is {', '.join(get_args(Decay))}, not {decay!r}")
+        rounds_fit = decay_rounds is None if decay == "constant" else (decay_rounds or 0) >= 1
+        if not rounds_fit:
+            raise ConfigurationError(
+                f"decay_rounds is how many rounds a linear or cosine decay takes, at least 1; not "
+                f"{decay_rounds} with decay {decay}"
+            )
+        if not 0 <= final_server_lr <= server_lr:
+            raise ConfigurationError(
+                f"final_server_lr is from 0 to server_lr ({server_lr:g}), not {final_server_lr}"
+            )
         self.k, self.server_lr = k, server_lr
         self.weighting, self.staleness = weighting, staleness
+        self.momentum, self.clip = momentum, clip
+        self.decay, self.decay_rounds = decay, decay_rounds
+        self.final_server_lr = final_server_lr
+
+    def rate(self, version: int) -> float:
+        """The server's rate for the step from a version to the next."""
+        floor = self.final_server_lr / self.server_lr
+        return self.server_lr * lr_factor(version, self.decay_rounds or 1, 0, self.decay, floor)
 
     def server(self, start: Mapping[str, Tensor]) -> Server:
         """Rebuilds updates and averages."""
@@ -77,8 +116,8 @@ class Ferret(Strategy):
 class FerretServer(Server):
     """The model, the newest releases, and which version each client has.
 
-    A *release* is what leads from one version to the next: seed, share and inner products of each
-    client's update.
+    A *release* is what leads from one version to the next: seed, factor and inner products of each
+    client's update, or, of a pool, those of the whole step.
     """
 
     associative = True
@@ -87,7 +126,9 @@ class FerretServer(Server):
         self.options = options
         self.tensors = dict(start)
         self.base = digest(start)
-        self.projection = RandomProjection(start, options.k)
+        self.start = start
+        self.velocity: Tensor | None = None
+        """What the last version moved by along the pool, float32 [blocks, k]."""
         self.size = sum(tensor.nbytes for tensor in start.values())
         self.releases: list[bytes] = []
         self.oldest = 0
@@ -97,6 +138,8 @@ class FerretServer(Server):
     def setup(self, ctx: ServerContext) -> None:
         """Directions are named by run, client and version."""
         self.seed = ctx.seed
+        pool = derive_seed(ctx.seed, "ferret's pool") if self.options.momentum else None
+        self.projection = RandomProjection(self.start, self.options.k, pool)
 
     def settings(self) -> dict[str, Any]:
         """The method's, and the base."""
@@ -118,6 +161,8 @@ class FerretServer(Server):
             "base": self.base,
             "seed": self._directions(client, self.version),
         }
+        if self.projection.pool is not None:
+            payload["pool"] = self.projection.pool
         missed = self.releases[first - self.oldest :] if first >= self.oldest else None
         if missed is None or sum(map(len, missed)) >= self.size:
             return {**payload, **{f"model/{name}": t for name, t in self.tensors.items()}}
@@ -149,20 +194,40 @@ class FerretServer(Server):
         return [*one, *other]
 
     def commit(self, acc: Accumulator) -> Mapping[str, float]:
-        """``w += server_lr * sum of share * estimate``, as every client will do."""
+        """``w += rate * sum of share * estimate``, as every client will do."""
         if not acc:
             raise EmptyRound("no client sent an update; the model stays as it was")
         total = sum(weight for _, weight, _, _ in acc)
+        told = [(seed, weight / total * discount, p) for seed, weight, discount, p in acc]
+        heads = 2 * len(self.projection.blocks)
+        figures = {"products": float(sum((len(p) - heads) // 4 for *_, p in told))}
+        if self.options.momentum:
+            told = [(0, 1.0, message_of(self._with_momentum(told)))]
+        if self.options.clip is not None:
+            cut = 0
+            for index, (seed, share, products) in enumerate(told):
+                products, more = self.projection.clip(products, self.options.clip / share)
+                told[index] = seed, share, products
+                cut += more
+            figures["clipped"] = float(cut)
+        rate = self.options.rate(self.version)
         release = b"".join(
-            _CONTRIBUTION.pack(seed, weight / total * discount, len(products)) + products
-            for seed, weight, discount, products in acc
+            _CONTRIBUTION.pack(seed, rate * share, len(products)) + products
+            for seed, share, products in told
         )
-        self.tensors = advance(self.tensors, release, self.projection, self.options.server_lr)
+        self.tensors = advance(self.tensors, release, self.projection)
         self.releases.append(release)
         while self.releases and sum(map(len, self.releases)) >= self.size:
             self.releases.pop(0)  # sending the model would be less
             self.oldest += 1
-        return {"products": float(sum(len(p) // 4 for *_, p in acc))}
+        return figures
+
+    def _with_momentum(self, told: list[tuple[int, float, bytes]]) -> Tensor:
+        step = self.projection.pooled(told)
+        if self.velocity is not None:
+            step += self.options.momentum * self.velocity.double()
+        self.velocity = step.float()
+        return self.velocity
 
     def _directions(self, client: str, version: int) -> int:
         return derive_seed(self.seed, "ferret", client, version)
@@ -174,12 +239,14 @@ class FerretServer(Server):
             "releases": self.releases,
             "oldest": self.oldest,
             "known": self.known,
+            "velocity": [] if self.velocity is None else [self.velocity],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self.tensors, self.oldest = dict(state["tensors"]), state["oldest"]
         self.releases, self.known = list(state["releases"]), dict(state["known"])
+        self.velocity = next(iter(state["velocity"]), None)
 
 
 class FerretClient(Client):
@@ -200,7 +267,9 @@ class FerretClient(Client):
         assert isinstance(base, int) and isinstance(seed, int)
         require_same_base(ctx.name, ctx.state["base"], base)
         start: dict[str, Tensor] = ctx.state["tensors"]
-        projection = RandomProjection(start, self.options.k)
+        pool = payload.get("pool")
+        assert pool is None or isinstance(pool, int)
+        projection = RandomProjection(start, self.options.k, pool)
         if "releases" in payload:
             first, joined = payload["first"], payload["releases"]
             assert isinstance(first, int) and isinstance(joined, bytes)
@@ -208,7 +277,7 @@ class FerretClient(Client):
             if ctx.state["version"] < first:
                 return {"products": b""}, 0
             for release in _split(joined)[ctx.state["version"] - first :]:
-                start = advance(start, release, projection, self.options.server_lr)
+                start = advance(start, release, projection)
         else:
             start = {n.removeprefix("model/"): t for n, t in tensors_of(payload).items()}
         ctx.state.update(tensors=start, version=ctx.version)
@@ -221,18 +290,18 @@ class FerretClient(Client):
 
 
 def advance(
-    tensors: Mapping[str, Tensor], release: bytes, projection: RandomProjection, server_lr: float
+    tensors: Mapping[str, Tensor], release: bytes, projection: RandomProjection
 ) -> dict[str, Tensor]:
     """The version after a release; server and clients get there by the same additions."""
     total = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in tensors.items()}
     at = 0
     while at < len(release):
-        seed, share, length = _CONTRIBUTION.unpack_from(release, at)
+        seed, factor, length = _CONTRIBUTION.unpack_from(release, at)
         at += _CONTRIBUTION.size
         for name, estimate in projection.decode(release[at : at + length], seed).items():
-            total[name].add_(estimate, alpha=share)
+            total[name].add_(estimate, alpha=factor)
         at += length
-    return {n: (t.to(torch.float64) + server_lr * total[n]).to(t.dtype) for n, t in tensors.items()}
+    return {n: (t.to(torch.float64) + total[n]).to(t.dtype) for n, t in tensors.items()}
 
 
 def _join(releases: list[bytes]) -> bytes:

@@ -47,7 +47,8 @@ class JustOneByte(Strategy):
     In an iteration every peer measures as many slopes as the job's ``local`` section has steps
     (its optimiser and rate are not used). ``eps`` is how far the two losses of a slope are apart,
     ``lr`` multiplies the mean of all slopes (the authors' rate is this one over ``eps``).
-    ``codes`` are ``int8`` or ``float32``.
+    ``codes`` are ``int8``, whose scale follows the slopes, ``float8_e4m3``, whose scale is fixed,
+    or ``float32``.
 
     Digests of the model travel with the replies, outside of their payload: a peer that is not with
     the majority is made to replay the whole log.

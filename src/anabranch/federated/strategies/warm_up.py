@@ -1,4 +1,4 @@
-"""Rounds of which the first asks everyone."""
+"""Rounds of which the first, or some, ask everyone."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ class WarmUp(Sync):
         """So many rounds, the first included."""
         return cls(rounds, sampler or Everyone())
 
+    def asks_everyone(self, fed: View) -> bool:
+        """Whether the present round is such a one."""
+        return not fed.version
+
     def begin(self, fed: View) -> Sequence[Action]:
-        """Everyone at version 0, the sampler's choice after it."""
-        if fed.version or len(fed.clients) < self.sampler.needs(len(fed.clients)):
+        """Everyone, or the sampler's choice."""
+        over = fed.version >= self.versions
+        if over or len(fed.clients) < self.sampler.needs(len(fed.clients)):
+            return super().begin(fed)
+        if not self.asks_everyone(fed):
             return super().begin(fed)
         self.waiting_since = None
         return [self.send(name, fed) for name in fed.clients]

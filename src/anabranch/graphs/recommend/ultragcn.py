@@ -20,11 +20,12 @@ from anabranch.graphs.recommend.errors import RecommendError
 from anabranch.graphs.recommend.interactions import Interactions
 from anabranch.graphs.recommend.losses import squared, weighted_bce
 from anabranch.graphs.recommend.model import FactorModel, Table, every
+from anabranch.graphs.recommend.picked import picked_scores
 from anabranch.graphs.recommend.sampler import NegativeSampler
 from anabranch.graphs.recommend.trained import TrainedRecommender, at_least_zero
 
-BLOCK_ITEMS = 50_000
-"""Up to so many items a step scores all of them at once and picks, about ten times faster."""
+BLOCK_ITEMS = 30
+"""Up to so many items for each score that a pair needs, it is faster to score all and pick."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -43,8 +44,8 @@ class UltraGCN(TrainedRecommender):
     When to use it: in the place of LightGCN, on large graphs. Known problem: with a small ``init``
     and a large ``negative_weight`` training stays at the popularity ranking for many epochs,
     which ``patience`` must outlast. The defaults are for small data; :meth:`preset` has the
-    authors' for six data sets. ``scoring`` "gather" computes only the scores it needs: for more
-    than 50,000 items, chosen by "auto".
+    authors' for six data sets. ``scoring`` "gather" computes only the scores it needs, "block" all
+    of a pair's user; "auto" chooses the first for more than 30 items for each score.
 
     Example::
 
@@ -94,7 +95,7 @@ class UltraGCN(TrainedRecommender):
 
     def _in_blocks(self, train: Interactions) -> bool:
         if self.scoring == "auto":
-            return train.num_items <= BLOCK_ITEMS
+            return train.num_items <= BLOCK_ITEMS * (1 + self.negatives + self.neighbours)
         return self.scoring == "block"
 
     def _model(self, train: Interactions, users: Table, items: Table) -> FactorModel:
@@ -138,7 +139,7 @@ class ConstraintModel(FactorModel):
         vectors = self.users(user)
         if self._in_blocks:
             return (vectors @ every(self.items).T).gather(1, columns)
-        return torch.einsum("bd,bcd->bc", vectors, self.items(columns))
+        return picked_scores(vectors, every(self.items), columns)
 
 
 _COMMON: dict[str, Any] = {"dim": 64, "lr": 1e-3, "batch": 1024, "init": 1e-4, "neighbours": 10}
