@@ -16,8 +16,8 @@ from anabranch.federated.job import load_job
 from anabranch.federated.plans import Expected, plan_job, plan_schedules
 from anabranch.federated.running import federate
 from anabranch.federated.scheduling import Schedule
-from tests.federated.test_job import JOB, RECIPE
-from tests.training.tiny_base import write_base
+from tests.federated.test_job import JOB
+from tests.federated.tiny_recipe import write_recipe
 
 runner = CliRunner()
 
@@ -26,7 +26,7 @@ runner = CliRunner()
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("plan")
-    (folder / "tiny.yaml").write_text(RECIPE.format(base=write_base(folder / "base")))
+    write_recipe(folder)
     path = folder / "job.yaml"
     path.write_text(JOB)
     return path

@@ -20,8 +20,8 @@ from anabranch.federated.timeline import Bar, Timeline
 from anabranch.federated.timeline_files import read_timeline
 from anabranch.federated.timeline_plot import timeline_svg
 from tests.federated.helpers import EXAMPLES, Crash, VectorClient, VectorServer, crash_after
-from tests.federated.test_job import JOB, RECIPE
-from tests.training.tiny_base import write_base
+from tests.federated.test_job import JOB
+from tests.federated.tiny_recipe import write_recipe
 
 runner = CliRunner()
 
@@ -152,7 +152,7 @@ def test_a_report_holds_it_and_the_command_shows_it(tmp_path):
 
 
 def test_a_job_leaves_it_in_its_folder(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(base=write_base(tmp_path / "base")))
+    write_recipe(tmp_path)
     job = tmp_path / "job.yaml"
     changes = {"fedprox, mu: 0.01": "fedcompass, max_steps: 4, min_steps: 1", "name: sync, ": ""}
     text = JOB.replace("rounds: 3", "rounds: 8")

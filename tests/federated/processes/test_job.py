@@ -14,15 +14,14 @@ from anabranch.errors import ConfigurationError
 from anabranch.federated import Simulation
 from anabranch.federated.job import load_job
 from anabranch.federated.runtimes.processes import Processes
-from tests.federated.test_job import JOB, RECIPE
-from tests.training.tiny_base import write_base
+from tests.federated.test_job import JOB
+from tests.federated.tiny_recipe import write_recipe
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     torch.set_num_threads(1)
-    base = write_base(tmp_path / "base")
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(base=base))
+    write_recipe(tmp_path)
     path = tmp_path / "job.yaml"
     path.write_text(JOB.replace("devices: log_uniform\n", ""))
     return path
