@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -70,18 +70,22 @@ def federate(
     if job.runtime == "ray":
         import anabranch.federated.runtimes.ray  # noqa: F401 - says so if Ray is missing
     claim(folder, job)
-    setup, items, runtime, clients, own = deal_out(job, progress)
-    return run_job(job, folder, setup, items, runtime, clients, progress, observe, own)
+    return run_job(job, folder, deal_out(job, progress), progress, observe)
 
 
-class Dealt(NamedTuple):
-    """What a job runs on, if its clients are here."""
+@dataclass(frozen=True)
+class Dealt:
+    """What a job runs on.
+
+    ``items`` are what is trained on as far as it is known here, ``clients`` names for the topology,
+    ``own`` the examples that clients hold out.
+    """
 
     setup: Setup
     items: Sequence[Item]
     runtime: Runtime
-    clients: Sequence[str]
-    own: Mapping[str, Sequence[Item]]
+    clients: Sequence[str] = ()
+    own: Mapping[str, Sequence[Item]] = field(default_factory=dict)
 
 
 def deal_out(job: FederateJob, progress: Progress = silent) -> Dealt:
@@ -111,22 +115,15 @@ def deal(
 def run_job(
     job: FederateJob,
     folder: Path,
-    setup: Setup,
-    items: Sequence[Item],
-    runtime: Runtime,
-    clients: Sequence[str],
+    dealt: Dealt,
     progress: Progress = silent,
     observe: Observer | None = None,
-    own: Mapping[str, Sequence[Item]] | None = None,
 ) -> Outcome:
-    """Run a job on any runtime, or go on with it: evaluated, saved and reported.
-
-    ``items`` are what is trained on as far as it is known here, ``clients`` names for the topology,
-    ``own`` the examples that clients hold out.
-    """
-    evaluated = _Evaluated(job, folder, setup, own or {}, progress)
+    """Run a job on any runtime, or go on with it: evaluated, saved and reported."""
+    setup = dealt.setup
+    evaluated = _Evaluated(job, folder, setup, dealt.own, progress)
     evaluated.at("before")
-    federation = make_federation(job, folder, setup, items, runtime, clients, progress, observe)
+    federation = make_federation(job, folder, dealt, progress, observe)
     result = run_or_resume(federation, folder)
     load_shared(setup.model, _tensors(federation.coordinator))
     saved = setup.save(folder)
@@ -146,15 +143,13 @@ def run_or_resume(federation: Federation, folder: Path) -> RunResult:
 def make_federation(
     job: FederateJob,
     folder: Path,
-    setup: Setup,
-    items: Sequence[Item],
-    runtime: Runtime,
-    clients: Sequence[str],
+    dealt: Dealt,
     progress: Progress = silent,
     observe: Observer | None = None,
     until: int | None = None,
 ) -> Federation:
     """The federation of a job, which scores the validation rows and publishes as the job says."""
+    setup, items, runtime, clients = dealt.setup, dealt.items, dealt.runtime, dealt.clients
     local = job.make_local(setup.objective)
     strategy = job.make_strategy()
     validation = setup.valid[:MOST_VALIDATION_ROWS]

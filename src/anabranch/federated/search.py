@@ -184,10 +184,7 @@ def _advance(
     if last:
         return federate(job, folder, progress).result.metrics
     claim(folder, job)
-    dealt = deal_out(job, progress)
-    federation = make_federation(
-        job, folder, dealt.setup, dealt.items, dealt.runtime, dealt.clients, progress, until=rounds
-    )
+    federation = make_federation(job, folder, deal_out(job, progress), progress, until=rounds)
     return run_or_resume(federation, folder).history[rounds - 1]
 
 

@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 
 from anabranch.errors import ConfigurationError
-from anabranch.evaluation.benchmarks import gsm8k, human_eval
+from anabranch.evaluation.benchmarks import base, human_eval
 from anabranch.evaluation.benchmarks.gsm8k import GSM8K, stated
 from anabranch.evaluation.benchmarks.human_eval import HumanEval, judge
 from anabranch.evaluation.contrast.code_tasks import CodeTask
@@ -56,7 +56,7 @@ def test_shots_stand_before_each_problem_and_exact_numbers_count(data, monkeypat
         assert options.max_tokens == 64
         return answers
 
-    monkeypatch.setattr(gsm8k, "generate_answers", answer)
+    monkeypatch.setattr(base, "generate_answers", answer)
     benchmark = GSM8K(shots=2, max_tokens=64, asked="plain")
     result = benchmark.examine(subject())
     assert result.score == 0.5 and result.others == {"stated": 0.75} and result.rows == 4
@@ -75,7 +75,7 @@ def test_as_a_conversation(data, monkeypatch):
         asked.extend(prompts)
         return ["#### 2"] * len(prompts)
 
-    monkeypatch.setattr(gsm8k, "generate_answers", answer)
+    monkeypatch.setattr(base, "generate_answers", answer)
     assert GSM8K(shots=1).examine(subject()).score == 0.25
     text = tokenizer().decode(asked[0])
     assert text.count("<|im_start|>") == 4 and text.endswith("assistant\n")
@@ -162,7 +162,7 @@ def test_a_hanging_program_leaves_no_process_behind():
 def test_pass_at_1_is_the_share_of_greedy_completions_that_pass(monkeypatch):
     monkeypatch.setattr(human_eval, "human_eval", lambda: [ADD] * 4)
     answers = ["    return a + b", "    return b + a\nclass X", "    return 0", "    while 1: pass"]
-    monkeypatch.setattr(human_eval, "generate_answers", lambda *a, **k: answers)
+    monkeypatch.setattr(base, "generate_answers", lambda *a, **k: answers)
     result = HumanEval(seconds=1.0).examine(subject())
     assert result.score == 0.5 and result.others == {"hung": 0.25} and result.chance == 0.0
     with pytest.raises(ConfigurationError, match="seconds above 0"):

@@ -17,7 +17,8 @@ from anabranch.models.progress import Progress, silent
 from anabranch.training.data.sources import SourceRow, read
 from anabranch.training.errors import DataError
 from anabranch.training.packing import Packing
-from anabranch.training.recipe import Data
+from anabranch.training.recipe import Data, Generate
+from anabranch.training.scores import generate_answers
 from anabranch.training.setup import Setup
 from anabranch.training.template import Template
 
@@ -64,6 +65,25 @@ class Subject:
                 f"{where}: the question takes {tokens} tokens, the model at most {self.context}; "
                 f"ask with fewer shots or max_tokens, or leave such rows out"
             )
+
+
+def answers(
+    subject: Subject,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    batch: int,
+    label: str,
+    progress: Progress = silent,
+) -> list[str]:
+    """What a subject writes greedily after each prompt of token ids, ``batch`` at a time."""
+    return generate_answers(
+        subject.model,
+        subject.tokenizer,
+        prompts,
+        subject.template.end_tokens,
+        Generate(rows=len(prompts), max_tokens=max_tokens, batch=batch),
+        lambda message, fraction: progress(f"{label}: {message}", fraction),
+    )
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,10 @@ from typing import ClassVar
 import numpy as np
 
 from anabranch.errors import ConfigurationError
-from anabranch.evaluation.benchmarks.base import Asked, Benchmark, Result, Subject, rows_of
+from anabranch.evaluation.benchmarks.base import Asked, Benchmark, Result, Subject, answers, rows_of
 from anabranch.models.progress import Progress, silent
 from anabranch.training.data.sources import SourceRow
 from anabranch.training.errors import DataError
-from anabranch.training.recipe import Generate
-from anabranch.training.scores import generate_answers
 
 _STATED = re.compile(r"####\s*\$?\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)", re.ASCII)
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -84,16 +82,8 @@ class GSM8K(Benchmark[Problem]):
         """The share of right numbers."""
         shown = self.examples()
         prompts = [self._prompt(subject, shown, problem) for problem in questions]
-        options = Generate(rows=len(prompts), max_tokens=self.max_tokens, batch=self.batch)
-        answers = generate_answers(
-            subject.model,
-            subject.tokenizer,
-            prompts,
-            subject.template.end_tokens,
-            options,
-            lambda message, fraction: progress(f"{self.label}: {message}", fraction),
-        )
-        numbers = [stated(_NEXT.split(answer)[0]) for answer in answers]
+        written = answers(subject, prompts, self.max_tokens, self.batch, self.label, progress)
+        numbers = [stated(_NEXT.split(answer)[0]) for answer in written]
         right = [n == problem.number for n, problem in zip(numbers, questions, strict=True)]
         share = sum(number is not None for number in numbers) / len(numbers)
         return Result(sum(right) / len(right), len(right), 0.0, {"stated": share})

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from anabranch.errors import ConfigurationError
-from anabranch.evaluation.benchmarks.base import Benchmark, Result, Subject
+from anabranch.evaluation.benchmarks.base import Benchmark, Result, Subject, answers
 from anabranch.evaluation.contrast.code_tasks import CodeTask, human_eval
 from anabranch.evaluation.sandbox import LIMITS, Limits, Verdict, run_program
 from anabranch.models.progress import Progress, silent
-from anabranch.training.recipe import Generate
-from anabranch.training.scores import generate_answers
 
 _STOP = re.compile(r"\n(?:class|def|#|if|print|@)")
 """Where a completed function is over (Chen et al. 2021, section 2.2)."""
@@ -60,18 +58,10 @@ class HumanEval(Benchmark[CodeTask]):
         prompts = [list(subject.tokenizer(task.prompt)["input_ids"]) for task in questions]
         for task, tokens in zip(questions, prompts, strict=True):
             subject.require_room(len(tokens) + self.max_tokens, task.name)
-        options = Generate(rows=len(prompts), max_tokens=self.max_tokens, batch=self.batch)
-        answers = generate_answers(
-            subject.model,
-            subject.tokenizer,
-            prompts,
-            subject.template.end_tokens,
-            options,
-            lambda message, fraction: progress(f"{self.label}: {message}", fraction),
-        )
+        written = answers(subject, prompts, self.max_tokens, self.batch, self.label, progress)
         verdicts = []
-        for number, (task, answer) in enumerate(zip(questions, answers, strict=True)):
-            progress(f"{self.label}: running {number} of {len(answers)}", number / len(answers))
+        for number, (task, answer) in enumerate(zip(questions, written, strict=True)):
+            progress(f"{self.label}: running {number} of {len(written)}", number / len(written))
             verdicts.append(judge(task, answer, self.limits))
         hung = sum(verdict.reason.startswith("still running") for verdict in verdicts)
         passed = sum(verdict.passed for verdict in verdicts)

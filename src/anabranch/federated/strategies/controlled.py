@@ -41,6 +41,7 @@ from anabranch.federated.strategies.directions import (
     is_plain,
     labelled,
     require_plain,
+    require_unscaled,
     walk,
     with_label,
 )
@@ -81,8 +82,7 @@ class Controlled(Strategy):
                 f"{self.name} with {local.options.optimizer} shares gradients, and weight_decay is "
                 f"not in them: set it to 0, or use sgd"
             )
-        if local.options.precision == "fp16":
-            raise ConfigurationError(f"{self.name} cannot bend gradients that are scaled for fp16")
+        require_unscaled(local, self.name)
         return ControlledClient(self, local)
 
     def schedule(self, rounds: int, sampler: Sampler | None = None) -> Schedule:

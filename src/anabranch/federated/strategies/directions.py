@@ -146,6 +146,12 @@ def require_plain(local: LocalTraining, method: str) -> None:
         )
 
 
+def require_unscaled(local: LocalTraining, method: str) -> None:
+    """Refuse a precision whose gradients are scaled when hooks see them."""
+    if local.options.precision == "fp16":
+        raise ConfigurationError(f"{method} cannot change gradients that are scaled for fp16")
+
+
 def labelled(label: str, tensors: Mapping[str, Tensor]) -> Tensors:
     """Tensors under ``label/name``, so that several of a parameter fit in a payload."""
     return {f"{label}/{name}": tensor for name, tensor in tensors.items()}

@@ -25,6 +25,7 @@ from anabranch.federated.strategies.directions import (
     Tensors,
     labelled,
     require_plain,
+    require_unscaled,
     with_label,
 )
 from anabranch.federated.strategies.pending import propose, settled
@@ -89,8 +90,7 @@ class FedAMD(Strategy):
     def client(self, local: LocalTraining) -> Client:
         """Anchors and mines."""
         require_plain(local, self.name)
-        if local.options.precision == "fp16":
-            raise ConfigurationError(f"{self.name} cannot correct gradients that fp16 scales")
+        require_unscaled(local, self.name)
         return FedAMDClient(self, local)
 
     def schedule(self, rounds: int, sampler: Sampler | None = None) -> Schedule:

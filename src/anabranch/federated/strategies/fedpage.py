@@ -27,6 +27,7 @@ from anabranch.federated.strategies.directions import (
     Tensors,
     labelled,
     require_plain,
+    require_unscaled,
     with_label,
 )
 from anabranch.federated.strategies.fedamd import Mine
@@ -70,8 +71,7 @@ class FedPage(Strategy):
     def client(self, local: LocalTraining) -> Client:
         """Sends how far the model should move."""
         require_plain(local, self.name)
-        if local.options.precision == "fp16":
-            raise ConfigurationError(f"{self.name} cannot correct gradients that fp16 scales")
+        require_unscaled(local, self.name)
         return FedPageClient(self, local)
 
     def schedule(self, rounds: int, sampler: Sampler | None = None) -> Schedule:

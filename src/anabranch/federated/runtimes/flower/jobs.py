@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from anabranch.errors import AnabranchError, ConfigurationError
 from anabranch.federated.errors import FederationError
 from anabranch.federated.job import FederateJob
-from anabranch.federated.running import Outcome, claim, deal, run_job
+from anabranch.federated.running import Dealt, Outcome, claim, deal, run_job
 from anabranch.federated.runtimes.flower.deployment import Deployment
 from anabranch.federated.runtimes.flower.resident import Place
 from anabranch.federated.runtimes.flower.runtime import Flower
@@ -104,7 +104,7 @@ def federate(job: FederateJob, folder: Path, progress: Progress = silent) -> Out
     outcome = pickle.loads((place / "outcome").read_bytes())
     if isinstance(outcome, str):
         raise FederationError(outcome)
-    return Outcome(folder, outcome.saved, outcome.result)
+    return Outcome(folder, outcome.saved, outcome.result, outcome.evaluations)
 
 
 def serve(grid: Grid, place: Path) -> None:
@@ -119,7 +119,7 @@ def serve(grid: Grid, place: Path) -> None:
         job = _job(place)
         setup, items, parts = deal(job, say)
         runtime = Flower(grid, clients=len(parts), run=(place / "run").read_text())
-        outcome = run_job(job, place.parent, setup, items, runtime, list(parts), say)
+        outcome = run_job(job, place.parent, Dealt(setup, items, runtime, list(parts)), say)
     except AnabranchError as error:
         outcome = f"{type(error).__name__}: {error}"
     with replacing(place / "outcome") as draft:

@@ -9,7 +9,7 @@ from typing import Any
 
 from anabranch.errors import ConfigurationError
 from anabranch.federated.job import FederateJob
-from anabranch.federated.running import Observer, Outcome, claim, run_job
+from anabranch.federated.running import Dealt, Observer, Outcome, claim, run_job
 from anabranch.federated.runtimes.network.runtime import Network
 from anabranch.models.progress import Progress, silent
 from anabranch.training.data import Prepared, prepare
@@ -74,7 +74,7 @@ def serve(
         network.listen()
         listening(network)
         items = setup.objective.prepare(setup.train).items
-        return run_job(job, folder, setup, items, network, [], progress, observe)
+        return run_job(job, folder, Dealt(setup, items, network), progress, observe)
     finally:
         network.close()
 
