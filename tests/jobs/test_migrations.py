@@ -130,6 +130,24 @@ def test_several_processes_that_open_it_at_once_lift_it_once(file: Path) -> None
     assert not failures and version(file) == NEWEST
 
 
+def test_who_is_refused_the_switch_to_wal_without_a_wait_tries_again(file: Path) -> None:
+    reader = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM jobs").fetchall()
+    switching = sqlite3.connect(file, timeout=0)
+    try:
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            switching.execute("PRAGMA journal_mode=WAL")
+        later = threading.Timer(0.2, reader.execute, ["COMMIT"])
+        later.start()
+        database.write_ahead(switching)
+        later.join()
+        assert switching.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    finally:
+        switching.close()
+        reader.close()
+
+
 HALF_WAY = """
 import sys, time
 from anabranch.jobs import JobStore, database

@@ -7,6 +7,8 @@ so that what it read cannot change under it; other databases lock the rows it ch
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,20 +153,40 @@ def alone(connection: Connection) -> None:
     # SQLite has one writer at a time anyway.
 
 
+def write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch a connection to SQLite to WAL mode.
+
+    Of two that switch at once SQLite refuses one without waiting, lest they wait for each other
+    (https://sqlite.org/c3ref/busy_handler.html).
+    """
+    give_up = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+        time.sleep(0.01)
+
+
 _LOCK = int.from_bytes(b"anabrnch", "big")
 """Any number below 2**63 that other programs are unlikely to lock in the same database."""
+
+_PATIENCE = 30
+"""Seconds for which SQLite's lock is waited for."""
 
 
 def _engine(url: str) -> Engine:
     if make_url(url).get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+    engine = create_engine(url, connect_args={"timeout": _PATIENCE, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # transactions begin where we say, not the driver
-        for pragma in ("journal_mode=WAL", "synchronous=FULL"):
-            connection.execute(f"PRAGMA {pragma}").close()
+        write_ahead(connection)
+        connection.execute("PRAGMA synchronous=FULL").close()
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
