@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# What runs in the background of a script ignores Ctrl-C, and so would all processes of the tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two test processes, or a server beside a test, must not spin on each other's cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

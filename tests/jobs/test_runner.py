@@ -179,6 +179,21 @@ def test_a_killed_server_takes_its_jobs_processes_along_and_the_next_goes_on(
     assert bench.count(job) == 400
 
 
+def test_jobs_of_a_server_in_the_background_of_a_script_can_be_stopped(
+    bench: Bench,
+) -> None:
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for "command &"
+    try:
+        job = bench.submit(until=1000, pause=0.01)
+        with bench.running():
+            until(lambda: bench.jobs.store.get(job.id).progress.get("fraction"))
+            bench.jobs.ask(job.id, "pause")
+            bench.wait(job, "paused")
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert 0 < bench.count(job) < 1000
+
+
 def test_two_runners_never_run_one_job_twice(bench: Bench, tmp_path: Path) -> None:
     other = Bench(tmp_path)
     jobs = [bench.submit(until=2) for _ in range(6)]

@@ -17,9 +17,11 @@ TETHER = "ANABRANCH_TETHER"
 
 
 def hold() -> None:
-    """Die with the runner. Does nothing in a process that no runner started."""
+    """Die with the runner, stop when it says so; nothing in a process that no runner started."""
     descriptor = os.environ.pop(TETHER, None)
     if descriptor is not None:
+        # A server in the background of a script ignores Ctrl-C, and its children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Thread(target=_wait, args=(int(descriptor),), daemon=True).start()
 
 
