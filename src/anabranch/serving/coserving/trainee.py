@@ -16,7 +16,7 @@ from anabranch.serving.coserving.dropout import AdapterDropout, ReplayedDropout
 from anabranch.serving.coserving.job import FinetuneJob
 from anabranch.serving.coserving.pack import Pack
 from anabranch.serving.runner import DifferentiableRunner
-from anabranch.serving.runner.frozen import frozen_linears
+from anabranch.serving.runner.frozen import frozen_linears, made_once
 from anabranch.serving.runner.trunk import Trunk
 from anabranch.training.randomness import separate_randomness
 
@@ -68,7 +68,7 @@ class Trainee:
 
 
 def _adapted(base: PreTrainedModel, job: FinetuneJob) -> PeftModel:
-    with separate_randomness(job.options.seed):
+    with separate_randomness(job.options.seed), made_once():
         if job.start_from is not None:
             model = adapters.load(base, job.start_from, trainable=True)
         else:

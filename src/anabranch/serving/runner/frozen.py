@@ -8,7 +8,10 @@ as in QLoRA (Dettmers et al. 2023, section 3).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,14 +66,46 @@ class FrozenLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight ``[outputs, inputs]``; made anew at every call if it is stored otherwise."""
-        return self._dense()
+        """The weight ``[outputs, inputs]``, to be read only. If it is stored otherwise it is made
+        anew at every call, except within :func:`made_once`."""
+        last: _Last | None = getattr(_made, "last", None)
+        if last is None:
+            return self._dense()
+        if last.of is not self:
+            last.of, last.weight = self, self._dense()
+        assert last.weight is not None
+        return last.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]``, with a gradient for ``x`` only."""
         rows = x.reshape(-1, self.in_features)
         out: Tensor = _Product.apply(rows, self, self.replay)
         return out.view(*x.shape[:-1], self.out_features)
+
+
+@dataclass
+class _Last:
+    """The layer whose weight was made last, and that weight."""
+
+    of: FrozenLinear | None = None
+    weight: Tensor | None = None
+
+
+_made = threading.local()
+
+
+@contextmanager
+def made_once() -> Iterator[None]:
+    """In this thread a weight that is asked for again and again, layer by layer, is made once.
+
+    PEFT reads each layer's weight a dozen times while it attaches an adapter: for its shape, its
+    device and its type.
+    """
+    _made.last = _Last()
+    try:
+        yield
+    finally:
+        _made.last = None
 
 
 class _Product(torch.autograd.Function):
