@@ -18,13 +18,14 @@ from anabranch.cli.federate import clients
 from anabranch.errors import ConfigurationError
 from anabranch.federated import Buffered, Deadline, Sync
 from anabranch.federated.codecs import Chain, ErrorFeedback
-from anabranch.federated.job import load_job
+from anabranch.federated.job import FederateJob, load_job
 from anabranch.federated.running import claim
 from anabranch.federated.scheduling import Uniform
 from anabranch.federated.scheduling.compass import Compass
 from anabranch.federated.strategies import FedAvgServer, FedProx
 from anabranch.federated.strategies.fedpage import FullRounds
 from anabranch.federated.strategies.warm_up import WarmUp
+from anabranch.training.options import parse_options
 from tests.federated.helpers import vectors
 from tests.federated.tiny_recipe import write_recipe
 
@@ -48,6 +49,13 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "job.yaml"
     path.write_text(JOB)
     return path
+
+
+def test_tasks_have_no_warm_up_unless_the_recipe_names_one(file: Path) -> None:
+    job = load_job(file)
+    assert job.recipe.train.warmup == 0
+    assert parse_options(FederateJob, job.model_dump(mode="json")).recipe == job.recipe
+    assert load_job(file, ["recipe.train.warmup=1"]).recipe.train.warmup == 1
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ def test_warmup_is_a_fraction_or_a_number():
     assert TrainOptions(steps=100, warmup=0.03).warmup_steps(100) == 3
     assert TrainOptions(steps=100, warmup=1).warmup_steps(100) == 1
     assert TrainOptions(steps=100, warmup=0).warmup_steps(100) == 0
+    assert [TrainOptions(steps=1, warmup=0.5).warmup_steps(total) for total in (1, 2, 3)] == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_options_survive_json():

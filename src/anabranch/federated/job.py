@@ -272,6 +272,14 @@ class FederateJob(Section):
     keep_versions: bool = False
     """Store every version's adapter under ``versions/``."""
 
+    @field_validator("recipe")
+    @classmethod
+    def _no_warm_up_unless_named(cls, recipe: Recipe) -> Recipe:
+        """A warm-up begins with a step at rate zero, here in every task."""
+        if "warmup" in recipe.train.model_fields_set:
+            return recipe
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update={"warmup": 0.0})})
+
     def make_strategy(self) -> Strategy:
         """The method with its aggregator. Raises for unknown names and options."""
         cls = registry.get("strategies", self.strategy.name)

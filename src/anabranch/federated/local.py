@@ -42,7 +42,7 @@ class LocalTraining:
 
     ``options.steps`` or ``options.epochs`` is the work of a task that does not say otherwise. The
     optimiser is new for every task; the order of the data follows from the task's seed. One unit of
-    work is one optimiser step.
+    work is one optimiser step. The rate's schedule, warm-up included, runs over each task.
 
     With ``privacy`` the steps are private, and the account of them is in ``ctx.state["privacy"]``.
     Then no loss is reported, but what was spent, as ``epsilon/<site>``.

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from anabranch.errors import ConfigurationError
 from anabranch.federated.errors import PayloadError
 
 _LENGTH = struct.Struct("<I")
@@ -29,6 +30,12 @@ class Work:
     tokens: int | None = None
     batch_size: int | None = None
     lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigurationError(f"a task's {name} are above 0, not {value}")
 
 
 UNSPECIFIED = Work()

@@ -118,8 +118,11 @@ class TrainOptions(Section):
         return max(1, math.ceil(self.epochs * steps_per_epoch))
 
     def warmup_steps(self, total: int) -> int:
-        """Steps during which the learning rate rises."""
-        return int(self.warmup) if self.warmup >= 1 else math.ceil(self.warmup * total)
+        """Steps during which the learning rate rises. A fraction leaves at least one step, as a
+        run of nothing but warm-up would learn nothing."""
+        if self.warmup >= 1:
+            return int(self.warmup)
+        return min(math.ceil(self.warmup * total), total - 1)
 
 
 def parse_options(section: type[Model], values: dict[str, Any], where: str = "") -> Model:
