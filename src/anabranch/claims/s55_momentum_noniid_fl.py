@@ -16,8 +16,8 @@ class MomentumNonIID(Claim):
     name = "momentum-noniid-fl"
     system = "FedAvg-M, SCAFFOLD-M and variance-reduced forms"
     paper = "momentum forms beat FedAvg and SCAFFOLD on CIFAR-10, most where clients differ much"
-    baseline = "FedAvg with equal weights; SCAFFOLD with 2 of 10 clients a round"
-    method = "fedavg_m and scaffold_m, beta 0.1; all four at their own best rates"
+    baseline = "FedAvg with equal weights; SCAFFOLD with 5 of 50 clients a round"
+    method = "fedavg_m and scaffold_m, beta 0.1 and 0.2; all four at their own best rates"
     threshold = (
         "mean client loss lower than the base's on at least 4 of 5 splits for both, and FedAvg-M's "
         "at most 0.8 of FedAvg's on average"

@@ -28,7 +28,9 @@ from anabranch.training.trainer import Trainer
 
 ROUNDS, SEEDS = 20, 3
 LAYERS, WIDTH, LEFT, RIGHT, DROP = 8, 48, 2, 6, 0.5
-OFFSITE_ROUNDS, OFFSITE_STEPS, OFFSITE_RATE, ALIGNMENT = 8, 8, 1e-3, 150
+OFFSITE_ROUNDS, OFFSITE_STEPS, ALIGNMENT = 8, 8, 150
+OFFSITE_RATE, FULL_RATE = 4e-3, 2e-3
+"""The best of four on seeds 10 to 12: by the emulator's own loss, and by the full model's."""
 TASKS, QUESTIONS = ("arc-easy", "openbookqa"), 16
 
 
@@ -79,6 +81,10 @@ def measure(seed: int, progress: Progress) -> Measurement:
         seeds=tuple(range(seed, seed + SEEDS)),
         note="Pooled, personal and offsite tuning with the first seed only; the eight-layer base "
         "is pretrained once and kept. Alignment is on the operations that the base knows. "
+        "Offsite tuning and full fine-tuning had 1e-3, the prototype's rate, at first: plugged in "
+        "4.00 of 7.95 without alignment and 2.41 with, full 1.45. Now each has the best of 1e-3, "
+        "2e-3, 4e-3 and 8e-3 on seeds 10 to 12, which is 4e-3 by the emulator's own loss (1.65, "
+        "1.30, 1.10, 1.22) and 2e-3 for full fine-tuning (1.37, 1.13, 1.22, 1.39). "
         + (
             f"Real tasks: {QUESTIONS} questions each by log-likelihood, so that the standard "
             "error is about 0.12; no verdict hangs on them. Losses of SmolLM2-135M are in S43."
@@ -110,7 +116,7 @@ def _modes(model: Any, seed: int, first: bool) -> dict[Any, ModeResult]:
 
 
 def _real_tasks(seed: int, progress: Progress) -> dict[str, Any]:
-    """Accuracies before and after three clients learn science questions together for 2 rounds."""
+    """Accuracies before and after three clients learn together, two rounds of a step each."""
     if not os.environ.get("ANABRANCH_DATA"):
         return {}
     job = parse_options(
@@ -129,12 +135,12 @@ def _real_tasks(seed: int, progress: Progress) -> dict[str, Any]:
                 ],
                 "template": "raw",
                 "adapter": {"method": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]},
-                "train": {"steps": 2, "batch": 4, "lr": 1e-3, "schedule": "constant"},
+                "train": {"steps": 1, "batch": 4, "lr": 1e-3, "schedule": "constant", "warmup": 0},
                 "evaluate": [],
             },
             "clients": {"count": 3, "held_out": 0.0},
             "schedule": {"rounds": 2},
-            "local": {"steps": 2},
+            "local": {"steps": 1},
             "seed": seed,
             "evaluations": [{"name": name, "limit": QUESTIONS, "seed": seed} for name in TASKS],
         },
@@ -153,8 +159,9 @@ def _real_tasks(seed: int, progress: Progress) -> dict[str, Any]:
 def _offsite(seed: int, progress: Progress) -> dict[str, Any]:
     full = tinyops.pretrained(layers=LAYERS, width=WIDTH, progress=progress)
     objective = tinyops.objective()
-    training = LocalTraining(
-        objective, tinyops.training_options(lr=OFFSITE_RATE, steps=OFFSITE_STEPS)
+    offsite, everywhere = (
+        LocalTraining(objective, tinyops.training_options(lr=rate, steps=OFFSITE_STEPS))
+        for rate in (OFFSITE_RATE, FULL_RATE)
     )
     places = seeded.sites(seed)
     found: dict[str, Any] = {"before": round(tinyops.score(full)["loss"], 3)}
@@ -165,7 +172,7 @@ def _offsite(seed: int, progress: Progress) -> dict[str, Any]:
             options = tinyops.training_options(lr=1e-3, batch=32, steps=steps)
             align(full, emulator, plan, known, objective, options)
         federation = Offsite(upload="weights").simulate(
-            emulator, training, places, rounds=OFFSITE_ROUNDS, seed=seed
+            emulator, offsite, places, rounds=OFFSITE_ROUNDS, seed=seed
         )
         result = federation.run()
         tensors = federation.server.tensors  # type: ignore[attr-defined]
@@ -179,7 +186,7 @@ def _offsite(seed: int, progress: Progress) -> dict[str, Any]:
             "bytes_per_message": result.ledger.total().payload // result.ledger.total().messages,
         }
     everything = FedAvg(upload="weights").simulate(
-        full.requires_grad_(True), training, places, rounds=OFFSITE_ROUNDS, seed=seed
+        full.requires_grad_(True), everywhere, places, rounds=OFFSITE_ROUNDS, seed=seed
     )
     everything.run()
     with lent(full, everything.server.tensors):  # type: ignore[attr-defined]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from anabranch.evaluation.testbeds import digits
 from anabranch.federated import Site, splits
@@ -21,11 +22,26 @@ from anabranch.federated.strategies import Strategy
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: mean over the clients of their loss (``objective``), and of what was seen."""
+    """A finished run, and what was seen of every version.
+
+    ``losses`` are means over the clients of their loss, ``gradient_norms`` the lengths of that
+    mean's gradient.
+    """
 
     result: RunResult
-    objective: float
     accuracies: tuple[float, ...]
+    losses: tuple[float, ...]
+    gradient_norms: tuple[float, ...]
+
+    @property
+    def objective(self) -> float:
+        """Mean over the clients of their loss at the end."""
+        return self.losses[-1]
+
+    @property
+    def settled_loss(self) -> float:
+        """Mean of the last ten versions' losses: one version of few clients says little."""
+        return sum(self.losses[-10:]) / len(self.losses[-10:])
 
     @property
     def final(self) -> float:
@@ -33,12 +49,13 @@ class Outcome:
         last = self.accuracies[-10:]
         return sum(last) / len(last)
 
-    def rounds_to(self, accuracy: float) -> int | None:
-        """The first version that is so accurate, from 1; None if none is."""
-        for version, found in enumerate(self.accuracies, 1):
-            if found >= accuracy:
-                return version
-        return None
+    def rounds_to(self, accuracy: float, smoothed: int = 1) -> int | None:
+        """The first version, from 1, at which the mean of ``smoothed`` accuracies is so high."""
+        return _first([-x for x in self.accuracies], -accuracy, smoothed)
+
+    def rounds_to_gradient(self, norm: float, smoothed: int = 1) -> int | None:
+        """The first version, from 1, at which the mean of ``smoothed`` norms is so small."""
+        return _first(self.gradient_norms, norm, smoothed)
 
     @property
     def uplink(self) -> int:
@@ -63,14 +80,11 @@ def run(
 ) -> Outcome:
     """Train, and look at every version."""
     model = digits.perceptron(seed)
-    objective = 0.0
 
     def watch(coordinator: Coordinator) -> dict[str, float]:
-        nonlocal objective
         with lent(model, coordinator.server.tensors):  # type: ignore[attr-defined]
-            if coordinator.version == rounds:
-                objective = mean_loss(model, sites)
-            return {"accuracy": digits.accuracy(model)}
+            loss, norm = objective(model, sites)
+            return {"accuracy": digits.accuracy(model), "loss": loss, "gradient_norm": norm}
 
     federation = strategy.simulate(
         model,
@@ -82,14 +96,30 @@ def run(
         codec=codec,
     )
     result = federation.run()
-    return Outcome(result, objective, tuple(row["accuracy"] for row in result.history))
+    curves = {
+        key: tuple(row[key] for row in result.history)
+        for key in ("accuracy", "loss", "gradient_norm")
+    }
+    return Outcome(result, curves["accuracy"], curves["loss"], curves["gradient_norm"])
 
 
-@torch.no_grad()
-def mean_loss(model: torch.nn.Module, sites: list[Site]) -> float:
-    """The objective of methods in which all clients weigh the same."""
+def objective(model: torch.nn.Module, sites: Sequence[Site]) -> tuple[float, float]:
+    """Mean over the clients of their loss, all weighing the same, and the norm of its gradient."""
     train, _ = digits.images()
-    losses: list[Tensor] = [
-        F.cross_entropy(model(train.pixels[site.data]), train.labels[site.data]) for site in sites
-    ]
-    return float(torch.stack(losses).mean())
+    examples = torch.cat([torch.tensor(site.data) for site in sites])
+    share = torch.cat(
+        [torch.full((len(site.data),), 1 / (len(sites) * len(site.data))) for site in sites]
+    )
+    with torch.enable_grad():
+        scores = model(train.pixels[examples])
+        loss = share @ F.cross_entropy(scores, train.labels[examples], reduction="none")
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return float(loss.detach()), math.sqrt(sum(float(g.square().sum()) for g in gradients))
+
+
+def _first(curve: Sequence[float], level: float, smoothed: int) -> int | None:
+    """Where the mean of the last ``smoothed`` values is first at most the level, from 1."""
+    for version in range(smoothed, len(curve) + 1):
+        if sum(curve[version - smoothed : version]) / smoothed <= level:
+            return version
+    return None
