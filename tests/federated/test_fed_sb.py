@@ -11,6 +11,7 @@ from anabranch import adapters
 from anabranch.adapters import lora_sb
 from anabranch.errors import ConfigurationError
 from anabranch.federated import Buffered, Federation, Simulation, Site, Sync
+from anabranch.federated.codecs import TopK
 from anabranch.federated.errors import AggregationError, PayloadMismatch
 from anabranch.federated.messages import Reply
 from anabranch.federated.randomness import derive_seed
@@ -358,6 +359,19 @@ def test_models_that_it_is_not_for():
         FedSB(ranks={"a": 9}).begin(network())
     with pytest.raises(ConfigurationError, match="needs the model"):
         FedSB().server({})
+
+
+def test_ranks_of_unknown_clients_are_named(caplog):
+    simulate(FedSB(init="random", ranks={"c0": 2, "c9": 3}), rounds=1).run()
+    said = [record.message for record in caplog.records if "ranks" in record.message]
+    assert said == ["ranks are given for c9, who are not there; there are c0, c1, c2"]
+
+
+def test_compact_messages_take_no_codec():
+    federation = simulate(FedSB(init="random", compact=True), codec=TopK(0.5))
+    with pytest.raises(ConfigurationError, match=r"sends R up \(kind train\) without a"):
+        federation.run()
+    simulate(FedSB(init="random"), codec=TopK(0.5), rounds=1).run()
 
 
 def test_nobody_has_an_example():

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from anabranch.errors import ConfigurationError
 from anabranch.evaluation.testbeds import digits
-from anabranch.federated import Site, Sync, splits
+from anabranch.federated import DeviceProfile, Site, Sync, splits
 from anabranch.federated.errors import EmptyRound
 from anabranch.federated.payload import decode, encode
 from anabranch.federated.strategies import FedAvg
@@ -231,10 +231,28 @@ def test_clients_without_data_are_never_anchors_that_count():
         FedAMD().simulate(Point(5), local(), [Site("empty", [])]).run()
 
 
+def test_sites_with_less_than_a_large_batch_are_named_once(caplog):
+    sizes = {"a": 40, "b": 5, "empty": 0, "late": 3}
+    sites = [
+        Site(name, list(range(size)), DeviceProfile(1.0), joins=float(name == "late"))
+        for name, size in sizes.items()
+    ]
+    strategy = FedAMD(large_batch=20)
+    federation = strategy.simulate(digits.perceptron(), digits.local(batch=8), sites, rounds=4)
+    federation.run()
+    said = [record.message for record in caplog.records if "examples" in record.message]
+    assert said == [
+        "without examples, and so without a say: empty",
+        "large_batch is 20; these have fewer examples and use all: b",
+        "large_batch is 20; these have fewer examples and use all: late",
+    ]
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"every": 1},
+        {"every": 2.5},
         {"probability": 0.0},
         {"probability": 1.1},
         {"every": 2, "probability": 0.5},

@@ -165,6 +165,12 @@ def test_a_frozen_factor_makes_averages_exact():
     assert aggregation_error(members, [1.0, 2.0, 3.0]) < 1e-6
 
 
+def test_ffa_without_a_factor_to_freeze_says_that_it_is_fedit(caplog):
+    model = tiny.llama()
+    assert FFA().begin(model).tensors.keys() == shared_tensors(model).keys()
+    assert "freezes LoRA's A, and this model has none: this is fedit" in caplog.text
+
+
 def test_another_frozen_factor_is_refused():
     strategy = FFA()
     runtime = Simulation(sites(1), lora(seed=1))

@@ -10,7 +10,7 @@ import torch
 
 from anabranch.errors import ConfigurationError
 from anabranch.evaluation.testbeds import digits
-from anabranch.federated import Site, Sync
+from anabranch.federated import DeviceProfile, Site, Sync
 from anabranch.federated.errors import EmptyRound
 from anabranch.federated.payload import decode, encode
 from anabranch.federated.strategies.fedpage import FedPage
@@ -142,6 +142,23 @@ def test_a_client_whose_direction_blows_up_fails():
     strategy = FedPage(1e-9)
     with pytest.raises(EmptyRound, match="the direction grew from"):
         run(strategy, bowls(2), strategy.schedule(2), steps=60, rate=5.0)
+
+
+def test_sites_with_less_than_a_large_batch_are_named_once(caplog):
+    sizes = {"a": 40, "b": 5, "empty": 0, "late": 3}
+    sites = [
+        Site(name, list(range(size)), DeviceProfile(1.0), joins=float(name == "late"))
+        for name, size in sizes.items()
+    ]
+    strategy = FedPage(large_batch=20)
+    federation = strategy.simulate(digits.perceptron(), digits.local(batch=8), sites, rounds=4)
+    federation.run()
+    said = [record.message for record in caplog.records if "examples" in record.message]
+    assert said == [
+        "without examples, and so without a say: empty",
+        "large_batch is 20; these have fewer examples and use all: b",
+        "large_batch is 20; these have fewer examples and use all: late",
+    ]
 
 
 @pytest.mark.parametrize(

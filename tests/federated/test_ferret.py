@@ -11,14 +11,22 @@ import torch
 
 from anabranch.errors import ConfigurationError
 from anabranch.evaluation.testbeds import digits
-from anabranch.federated import Buffered, DeviceProfile, Site, Sync, Uniform
+from anabranch.federated import (
+    Buffered,
+    DeviceProfile,
+    Federation,
+    Simulation,
+    Site,
+    Sync,
+    Uniform,
+)
 from anabranch.federated.errors import EmptyRound, FederationError, PayloadError
 from anabranch.federated.random_projection import LARGEST_BLOCK, RandomProjection, message_of
 from anabranch.federated.randomness import derive_seed
 from anabranch.federated.seeded_directions import truncated
 from anabranch.federated.shared import shared_tensors
 from anabranch.federated.strategies import FedAvg
-from anabranch.federated.strategies.ferret import Ferret
+from anabranch.federated.strategies.ferret import _CONTRIBUTION, Ferret, moved, step_of
 from tests.federated.helpers import Tamper
 
 SHAPES = {"a": (12, 10), "b": (10,), "c": (), "d": (60,), "e": (3,)}
@@ -94,6 +102,33 @@ def test_the_estimate_is_unbiased():
     apart = (found.mean(0) - bits(delta)).abs() / error
     # 194 values: the largest of them stays within 4.5 standard errors.
     assert float(apart.max()) < 4.5 and float(apart.square().mean()) == pytest.approx(1, abs=0.4)
+
+
+def test_as_many_orthogonal_directions_as_values_tell_everything(monkeypatch):
+    def orthogonal(seed, block, rows, width):
+        drawn = np.random.default_rng([seed, block]).normal(size=(width, width))
+        yield torch.from_numpy(np.linalg.qr(drawn)[0] * width**0.5).float()[:rows]
+
+    monkeypatch.setattr("anabranch.federated.random_projection.truncated", orthogonal)
+    values = torch.randn(7, 3)
+    delta = {"a": values, "b": -values}  # two blocks of one length, which get all k
+    projection = RandomProjection(delta, 21)
+    message = projection.encode(delta, 4)
+    assert len(message) == 2 * 2 + 4 * 2 * 21
+    assert torch.allclose(bits(projection.decode(message, 4)), bits(delta), atol=1e-5)
+
+
+def test_half_precision_models_are_rounded_once_from_the_sum():
+    start = {name: t.to(torch.bfloat16) for name, t in change().items()}
+    projection = RandomProjection(start, 8)
+    parts = [(seed, 0.5, projection.encode(change(1e-3 * seed), seed)) for seed in (1, 2, 3)]
+    release = b"".join(_CONTRIBUTION.pack(s, f, len(m)) + m for s, f, m in parts)
+    after = moved(start, step_of(release, projection))
+    for name, found in after.items():
+        wanted = start[name].double()
+        for seed, factor, message in parts:
+            wanted = wanted + factor * projection.decode(message, seed)[name].double()
+        assert found.dtype == torch.bfloat16 and torch.equal(found, wanted.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -191,10 +226,10 @@ class Whole(RandomProjection):
 
     def decode(self, message, seed):
         values = torch.frombuffer(bytearray(message), dtype=torch.float32)
-        parts = values.split([math.prod(shape) for shape, _ in self.shapes.values()])
+        parts = values.split([math.prod(shape) for shape in self.shapes.values()])
         return {
             n: part.reshape(shape)
-            for (n, (shape, _)), part in zip(self.shapes.items(), parts, strict=True)
+            for (n, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
 
@@ -318,7 +353,7 @@ def test_the_model_is_sent_where_that_is_less():
     result = federation.run()
     assert not federation.server.releases and federation.server.oldest == 3
     down = result.ledger.total(direction="down", version=2)
-    assert 3 * 4 * 4810 <= down.payload <= 3 * (4 * 4810 + 200)
+    assert 3 * 4 * 4810 <= down.payload <= 3 * (4 * 4810 + 256)
 
 
 def test_a_site_that_lost_its_state_begins_again_from_the_base():
@@ -347,6 +382,47 @@ def test_bad_replies_and_other_bases():
         federation.run()
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("k", [8, 32])
+def test_a_site_that_would_project_otherwise_does_not_take_part(k, momentum):
+    model, ours = digits.perceptron(), Ferret(16, momentum=momentum)
+    client = Ferret(k, momentum=momentum).client(digits.local(batch=8, steps=3))
+    runtime = Simulation(sites(1), model)
+    federation = Federation(ours.begin(model), client, Sync(1), runtime, patience=0)
+    says = rf"BlockPlanMismatch: c0 tells changes by .*k = {k}, .*; the run has .*k = 16,"
+    with pytest.raises(EmptyRound, match=says):
+        federation.run()
+
+
+def test_other_blocks_and_directions_have_other_layouts(monkeypatch):
+    layouts = {
+        RandomProjection(tensors, k).layout
+        for k in (8, 9)
+        for tensors in (change(), {**change(), "c": torch.zeros(2)}, {"f": torch.zeros(194)})
+    }
+    assert len(layouts) == 6
+    monkeypatch.setattr("anabranch.federated.random_projection.ENGINE", 2)
+    assert RandomProjection(change(), 8).layout not in layouts
+
+
+def test_a_site_whose_training_went_astray_fails_and_others_go_on():
+    federation = simulate(Ferret(16), rounds=1)
+    train = federation.client.local.run
+
+    class Astray:
+        def run(self, ctx, start):
+            result = train(ctx, start)
+            if ctx.name == "c1":
+                result.tensors["0.bias"][0] = math.nan
+            return result
+
+    federation.client.local = Astray()
+    result = federation.run()
+    (incident,) = result.incidents
+    assert (incident.what, incident.client) == ("failed", "c1")
+    assert "holds NaN or infinity; lower the local rate" in incident.message
+
+
 def test_nobody_with_data():
     with pytest.raises(EmptyRound, match="no client sent an update"):
         simulate(Ferret(), [Site("a", [])], patience=0).run()
@@ -357,6 +433,8 @@ def test_nobody_with_data():
     [
         {"k": 1},
         {"k": 65_536},
+        {"k": 2.5},
+        {"k": "16"},
         {"server_lr": 0.0},
         {"weighting": "loss"},
         {"staleness": -1.0},

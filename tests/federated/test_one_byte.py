@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigurationError
@@ -25,6 +25,7 @@ from anabranch.federated.replay import (
 )
 from anabranch.federated.seeded_directions import normal
 from anabranch.federated.seeded_model import ModelDiverged, digest
+from anabranch.federated.server import Update
 from anabranch.federated.shared import lent, shared_tensors
 from anabranch.federated.slopes import loss_of
 from anabranch.federated.strategies.one_byte import JustOneByte, ReplicaDivergence
@@ -272,8 +273,8 @@ def test_a_site_that_lost_its_state_begins_again_from_the_log():
     ("codes", "metrics", "says"),
     [
         (b"abc", {}, "no list of codes of 4 bytes"),
-        (b"abcd", {"iteration": 99.0}, "at iteration 99"),
-        (b"abcd", {"iteration": 0.5}, "at iteration 0.5"),
+        (b"abcdabcd", {"iteration": 99.0}, "at iteration 99"),
+        (b"abcdabcd", {"iteration": 0.5}, "at iteration 0.5"),
     ],
 )
 def test_replies_that_cannot_be_are_refused(codes, metrics, says):
@@ -288,6 +289,48 @@ def test_replies_that_cannot_be_are_refused(codes, metrics, says):
     result = federation.run()
     assert result.incidents.count("malformed", "c1") == 1
     assert says in federation.coordinator.state.last_problem
+
+
+@pytest.mark.parametrize("change", [lambda body: body * 50, lambda body: body[:1]])
+def test_as_many_codes_as_slopes(change):
+    federation = simulate(JustOneByte(), rounds=2)
+    federation.runtime.faults = Tamper(
+        {("c1", 1): lambda task, reply: [dataclasses.replace(reply, body=change(reply.body))]}
+    )
+    result = federation.run()
+    (incident,) = result.incidents
+    assert (incident.what, incident.client) == ("malformed", "c1")
+    assert "c1 says that it measured 2 slopes, but sent codes of" in incident.message
+    assert [figures["peers"] for figures in result.history] == [2, 3]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(4)), st.integers(0, 99))
+def test_the_order_of_arrival_leaves_no_trace(order, seed):
+    rng = np.random.default_rng(seed)
+    codes = [rng.bytes(int(rng.integers(1, 4))) for _ in order]
+    records = []
+    for chosen in (range(4), order):
+        server = JustOneByte().server(shared_tensors(digits.perceptron()))
+        server.records, server.machines = [b""] * 3, {f"c{i}": 3 - i for i in range(4)}
+        acc = None
+        for i in chosen:
+            name = f"c{i}"
+            acc = server.fold(
+                acc,
+                Update(i, name, "train", i % 2, {"codes": codes[i]}, 1, 0, 1.0, 0.0, {"digest": 7}),
+            )
+        server.commit(acc)
+        records.append(server.records[-1])
+    assert records[0] == records[1]
+
+
+def test_peers_that_draw_other_directions_are_refused(monkeypatch):
+    federation = simulate(JustOneByte(), rounds=1)
+    message = federation.server.message
+    federation.server.message = lambda *which: {**message(*which), "directions": 0}
+    with pytest.raises(EmptyRound, match="DirectionsMismatch: c2 draws directions the way 1, the"):
+        federation.run()
 
 
 def test_other_base_weights_and_nobody_with_data():

@@ -90,6 +90,19 @@ class Coordinator:
         self.state.members = dict(members)
         self.server.setup(ServerContext(self.seed, self.state.members, self.topology))
         self.wire = Wire(self.server.schemas())
+        self._refuse_codecs_of_plain_values()
+
+    def _refuse_codecs_of_plain_values(self) -> None:
+        """A message without a header has no room for what a codec makes of its tensors."""
+        for (direction, kind), schema in self.wire.schemas.items():
+            codec = self.codec if direction == "up" else self.down
+            held = [f.name for f in schema.fields if f.type in ("f64", "f32", "f16", "bf16")]
+            if held and not isinstance(codec, Identity):
+                raise ConfigurationError(
+                    f"{type(self.server).__name__} sends {held[0]} {direction} (kind {kind}) "
+                    f"without a header, so that {codec!r} cannot be used: leave the codec away, or "
+                    f"compact where the method has it"
+                )
 
     def start(self) -> None:
         """The run begins."""

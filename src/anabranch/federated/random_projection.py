@@ -7,6 +7,7 @@ out.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,11 +19,15 @@ from torch import Tensor
 
 from anabranch.federated.errors import FederationError, PayloadError
 from anabranch.federated.randomness import derive_seed, generator
-from anabranch.federated.seeded_directions import truncated
+from anabranch.federated.seeded_directions import ENGINE, truncated
 
 LARGEST_BLOCK = 2**22
 FEWEST = 2
 """Directions of a block that hardly moved."""
+
+
+class BlockPlanMismatch(FederationError):
+    """A site has other blocks or directions than the run: its products mean something else."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,25 @@ class RandomProjection:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], k: int, pool: int | None = None) -> None:
-        self.shapes = {name: (t.shape, t.dtype) for name, t in sorted(tensors.items())}
+        self.shapes = {name: t.shape for name, t in sorted(tensors.items())}
         self.k, self.pool = k, pool
         self.blocks = _blocks({name: t.numel() for name, t in sorted(tensors.items()) if t.numel()})
+
+    @property
+    def layout(self) -> str:
+        """Names blocks, ``k`` and how values are drawn: the same message means the same for all."""
+        found = hashlib.blake2b(str(ENGINE).encode(), digest_size=6)
+        for block in self.blocks:
+            found.update(f"{[(p.name, p.start, p.stop) for p in block]};".encode())
+        return f"{len(self.blocks)} blocks, k = {self.k}, {found.hexdigest()}"
+
+    def require(self, client: str, theirs: str) -> None:
+        """:class:`BlockPlanMismatch` with both layouts, if they differ."""
+        if theirs != self.layout:
+            raise BlockPlanMismatch(
+                f"{client} tells changes by {self.layout}; the run has {theirs}: give it the same "
+                f"model, strategy and version of anabranch"
+            )
 
     def encode(self, change: Mapping[str, Tensor], seed: int) -> bytes:
         """Tell a change. Raises :class:`FederationError` if it is not finite."""
@@ -71,10 +92,11 @@ class RandomProjection:
     def decode(self, message: bytes, seed: int) -> dict[str, Tensor]:
         """An unbiased estimate of the change: the sum of ``c_j v_j``, as E[v v'] is the identity.
 
+        In float32 whatever the model is in, so that sums of estimates are rounded to it once.
         Raises :class:`PayloadError` if this is no such message.
         """
         parts = self.read(message)
-        estimate = {name: torch.zeros(math.prod(shape)) for name, (shape, _) in self.shapes.items()}
+        estimate = {name: torch.zeros(math.prod(shape)) for name, shape in self.shapes.items()}
         for index, (block, told) in enumerate(zip(self.blocks, parts, strict=True)):
             width = _width(block)
             vector, at = torch.zeros(width), 0
@@ -86,9 +108,7 @@ class RandomProjection:
                 size = piece.stop - piece.start
                 estimate[piece.name][piece.start : piece.stop] = vector[at : at + size]
                 at += size
-        return {
-            n: estimate[n].reshape(shape).to(dtype) for n, (shape, dtype) in self.shapes.items()
-        }
+        return {name: estimate[name].reshape(shape) for name, shape in self.shapes.items()}
 
     def read(self, message: bytes) -> list[Tensor]:
         """The inner products of each block; :class:`PayloadError` if there are not as many."""

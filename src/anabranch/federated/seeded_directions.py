@@ -20,6 +20,9 @@ from torch import Tensor
 
 from anabranch.federated.randomness import derive_seed
 
+ENGINE = 1
+"""Number of the way from names to values below. Another one makes other models of the same scalars,
+so that all parties of a run must have the same."""
 VALUE_BITS = 13
 """Values of :func:`normal` are multiples of 2**-13, and below 8."""
 _VALUES_AT_ONCE = 2**20
@@ -48,13 +51,13 @@ def truncated(seed: int, block: int, rows: int, width: int) -> Iterator[Tensor]:
     for first in range(0, rows, at_once):
         count = min(at_once, rows - first)
         drawn = philox.random_raw(count * words).astype("<u8", copy=False).reshape(count, words)
-        yield torch.from_numpy(table[drawn.view("<u2")[:, :width]])
+        yield torch.from_numpy(table.take(drawn.view("<u2")[:, :width]))
 
 
 def _draw(table: NDArray[np.float32], seed: int, stream: int, count: int) -> NDArray[np.float32]:
     # Each word holds four indices; the lowest bits come first, whatever the machine's byte order.
     words = _philox(seed, stream).random_raw(-(-count // 4)).astype("<u8", copy=False)
-    return table[words.view("<u2")[:count]]
+    return table.take(words.view("<u2")[:count])
 
 
 def _philox(seed: int, stream: int) -> np.random.Philox:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from anabranch.federated.payload import Value
 from anabranch.federated.server import Server
 from anabranch.federated.shared import shared_tensors
 from anabranch.federated.strategies.fedit import FedIT, FedITClient, FedITServer
+
+logger = logging.getLogger(__name__)
 
 _FROZEN = ".lora_A."
 
@@ -32,6 +35,8 @@ class FFA(FedIT):
     def begin(self, model: nn.Module) -> Server:
         """Averages all but A."""
         start = {n: t for n, t in shared_tensors(model).items() if _FROZEN not in n}
+        if not _frozen(model):
+            logger.warning("ffa freezes LoRA's A, and this model has none: this is fedit")
         return FedITServer(self, start, _described(model))
 
     def client(self, local: LocalTraining) -> Client:

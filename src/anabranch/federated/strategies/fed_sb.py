@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -20,13 +21,15 @@ from anabranch.federated.messages import Reply
 from anabranch.federated.payload import Payload, Value
 from anabranch.federated.scheduling import Sampler, Schedule
 from anabranch.federated.seeded_model import digest
-from anabranch.federated.server import Accumulator, Server, Update
+from anabranch.federated.server import Accumulator, Server, ServerContext, Update
 from anabranch.federated.strategies.base import Strategy
 from anabranch.federated.strategies.first_gradient import Sketch, first_gradient, sum_of_sketches
 from anabranch.federated.strategies.warm_up import WarmUp
 from anabranch.federated.wire import Direction, Field, Schema
 from anabranch.training.hooks import Hook
 from anabranch.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 Init = Literal["federated", "public", "random"]
 Weighting = Literal["examples", "uniform"]
@@ -143,6 +146,15 @@ class FedSBServer(Server):
         if too_large := {c: r for c, r in options.ranks.items() if r > self.rank}:
             raise ConfigurationError(f"ranks above the adapter's {self.rank}: {too_large}")
         self._known: tuple[Any, int] | None = None
+
+    def setup(self, ctx: ServerContext) -> None:
+        """Log whose rank was given and who is not there: a name may be misspelt, or come later."""
+        if absent := sorted(self.options.ranks.keys() - ctx.clients.keys()):
+            logger.warning(
+                "ranks are given for %s, who are not there; there are %s",
+                ", ".join(absent),
+                ", ".join(sorted(ctx.clients)),
+            )
 
     @property
     def tensors(self) -> dict[str, Tensor]:

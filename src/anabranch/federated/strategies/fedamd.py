@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -32,6 +33,8 @@ from anabranch.federated.strategies.pending import propose, settled
 from anabranch.federated.strategies.warm_up import WarmUp
 from anabranch.training.result import StepReport
 from anabranch.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 Cache = Literal["server", "client"]
 
@@ -71,8 +74,10 @@ class FedAMD(Strategy):
             raise ConfigurationError("give every or probability, not both")
         if probability is None:
             every = 2 if every is None else every
-            if every < 2:
-                raise ConfigurationError(f"every is at least 2, or nobody would mine, not {every}")
+            if type(every) is not int or every < 2:
+                raise ConfigurationError(
+                    f"every is a number of rounds, at least 2, or nobody would mine; not {every!r}"
+                )
         elif not 0 < probability <= 1:
             raise ConfigurationError(f"probability is above 0 and at most 1, not {probability}")
         if large_batch is not None and large_batch < 1:
@@ -120,10 +125,12 @@ class FedAMDServer(Server):
         self.version = 0
         self._seed = 0
         self._messages: dict[bool, Payload] = {}
+        self._sizes = SmallSites(options.large_batch)
 
     def setup(self, ctx: ServerContext) -> None:
         """Roles are drawn from the run's seed."""
         self._seed = ctx.seed
+        self._sizes.follow(ctx.clients)
 
     @property
     def target(self) -> Tensors:
@@ -199,6 +206,7 @@ class FedAMDServer(Server):
             }
         for filed in acc["anchors"]:
             self._file(filed["client"], filed["gradient"])
+        self._sizes.note()
         self.version += 1
         self._messages = {}
         return {"miners": acc["miners"], "anchors": len(acc["anchors"])}
@@ -287,6 +295,33 @@ class Mine(StepHook):
     def after_step(self, trainer: Trainer[Any], report: StepReport) -> None:
         """A step that was not finite went nowhere."""
         self.reach += 0.0 if report.skipped else report.lr
+
+
+class SmallSites:
+    """Logs of each client, once, that it has no examples, or fewer than a large batch."""
+
+    def __init__(self, large_batch: int | None) -> None:
+        self.large_batch = large_batch or 1
+        self._clients: Mapping[str, int] = {}
+        self._seen: set[str] = set()
+
+    def follow(self, clients: Mapping[str, int]) -> None:
+        """``clients`` are names and numbers of examples, and change as clients join."""
+        self._clients = clients
+        self.note()
+
+    def note(self) -> None:
+        """Look at who is new."""
+        new = {name: size for name, size in self._clients.items() if name not in self._seen}
+        self._seen |= new.keys()
+        if empty := [name for name, size in new.items() if not size]:
+            logger.warning("without examples, and so without a say: %s", ", ".join(sorted(empty)))
+        if small := [name for name, size in new.items() if 0 < size < self.large_batch]:
+            logger.warning(
+                "large_batch is %d; these have fewer examples and use all: %s",
+                self.large_batch,
+                ", ".join(sorted(small)),
+            )
 
 
 class DivergedLocally(FederationError):

@@ -30,7 +30,7 @@ from anabranch.federated.strategies.directions import (
     require_unscaled,
     with_label,
 )
-from anabranch.federated.strategies.fedamd import Mine
+from anabranch.federated.strategies.fedamd import Mine, SmallSites
 from anabranch.federated.strategies.warm_up import WarmUp
 from anabranch.training.schedules import lr_factor
 
@@ -111,10 +111,12 @@ class FedPageServer(Server):
         self.version = 0
         self._seed = 0
         self._message: Payload | None = None
+        self._sizes = SmallSites(options.large_batch)
 
     def setup(self, ctx: ServerContext) -> None:
         """Full rounds are drawn from the run's seed."""
         self._seed = ctx.seed
+        self._sizes.follow(ctx.clients)
 
     def settings(self) -> dict[str, Any]:
         """The method's."""
@@ -181,6 +183,7 @@ class FedPageServer(Server):
         self.tensors = {
             name: (x + rate * acc["change"][name]).to(x.dtype) for name, x in self.tensors.items()
         }
+        self._sizes.note()
         self.version += 1
         self._message = None
         return {"full": float(full), "clients": acc["clients"]}

@@ -26,6 +26,8 @@ from anabranch.federated.wire import Direction, Field, Schema
 from anabranch.training.schedules import Schedule as Decay
 from anabranch.training.schedules import lr_factor
 
+_HELD_VALUES = 2**22
+"""What a release adds to a model of no more values is kept for the sites that follow it next."""
 _CONTRIBUTION = struct.Struct("<qdI")
 """Seed of the directions, factor of the estimate, bytes of inner products that follow."""
 
@@ -69,8 +71,8 @@ class Ferret(Strategy):
         decay_rounds: int | None = None,
         final_server_lr: float = 0.0,
     ) -> None:
-        if not 2 <= k < 2**16:
-            raise ConfigurationError(f"k is from 2 to 65,535 directions a block, not {k}")
+        if type(k) is not int or not 2 <= k < 2**16:
+            raise ConfigurationError(f"k is from 2 to 65,535 directions a block, not {k!r}")
         if not (server_lr > 0 and math.isfinite(server_lr)):
             raise ConfigurationError(f"server_lr is above 0 and finite, not {server_lr}")
         if weighting not in ("examples", "uniform"):
@@ -159,6 +161,7 @@ class FerretServer(Server):
         first = self.known.get(client, 0)
         payload: dict[str, Value] = {
             "base": self.base,
+            "layout": self.projection.layout,
             "seed": self._directions(client, self.version),
         }
         if self.projection.pool is not None:
@@ -215,7 +218,7 @@ class FerretServer(Server):
             _CONTRIBUTION.pack(seed, rate * share, len(products)) + products
             for seed, share, products in told
         )
-        self.tensors = advance(self.tensors, release, self.projection)
+        self.tensors = moved(self.tensors, step_of(release, self.projection))
         self.releases.append(release)
         while self.releases and sum(map(len, self.releases)) >= self.size:
             self.releases.pop(0)  # sending the model would be less
@@ -255,6 +258,7 @@ class FerretClient(Client):
     def __init__(self, options: Ferret, local: LocalTraining) -> None:
         self.options = options
         self.local = local
+        self._held: tuple[tuple[bytes, str, int | None], dict[str, Tensor]] | None = None
 
     def setup(self, ctx: ClientContext) -> None:
         """Version 0 is the base."""
@@ -270,6 +274,7 @@ class FerretClient(Client):
         pool = payload.get("pool")
         assert pool is None or isinstance(pool, int)
         projection = RandomProjection(start, self.options.k, pool)
+        projection.require(ctx.name, str(payload["layout"]))
         if "releases" in payload:
             first, joined = payload["first"], payload["releases"]
             assert isinstance(first, int) and isinstance(joined, bytes)
@@ -277,7 +282,7 @@ class FerretClient(Client):
             if ctx.state["version"] < first:
                 return {"products": b""}, 0
             for release in _split(joined)[ctx.state["version"] - first :]:
-                start = advance(start, release, projection)
+                start = moved(start, self._step(release, projection))
         else:
             start = {n.removeprefix("model/"): t for n, t in tensors_of(payload).items()}
         ctx.state.update(tensors=start, version=ctx.version)
@@ -285,15 +290,23 @@ class FerretClient(Client):
         result = self.local.run(ctx, start)
         if not result.examples:
             return {"products": b""}, 0
-        change = {name: result.tensors[name] - x for name, x in start.items()}
+        change = {name: result.tensors[name].float() - x.float() for name, x in start.items()}
         return {"products": projection.encode(change, seed)}, result.examples
 
+    def _step(self, release: bytes, projection: RandomProjection) -> dict[str, Tensor]:
+        """Sites of one process follow the same releases: drawing directions is most of the work."""
+        key = release, projection.layout, projection.pool
+        if self._held is not None and self._held[0] == key:
+            return self._held[1]
+        step = step_of(release, projection)
+        few = sum(total.numel() for total in step.values()) <= _HELD_VALUES
+        self._held = (key, step) if few else None
+        return step
 
-def advance(
-    tensors: Mapping[str, Tensor], release: bytes, projection: RandomProjection
-) -> dict[str, Tensor]:
-    """The version after a release; server and clients get there by the same additions."""
-    total = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in tensors.items()}
+
+def step_of(release: bytes, projection: RandomProjection) -> dict[str, Tensor]:
+    """What a release adds, float64: the same additions at server and clients."""
+    total = {n: torch.zeros(shape, dtype=torch.float64) for n, shape in projection.shapes.items()}
     at = 0
     while at < len(release):
         seed, factor, length = _CONTRIBUTION.unpack_from(release, at)
@@ -301,7 +314,12 @@ def advance(
         for name, estimate in projection.decode(release[at : at + length], seed).items():
             total[name].add_(estimate, alpha=factor)
         at += length
-    return {n: (t.to(torch.float64) + total[n]).to(t.dtype) for n, t in tensors.items()}
+    return total
+
+
+def moved(tensors: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The version after a step, rounded once to the types of the tensors."""
+    return {n: (t.to(torch.float64) + step[n]).to(t.dtype) for n, t in tensors.items()}
 
 
 def _join(releases: list[bytes]) -> bytes:

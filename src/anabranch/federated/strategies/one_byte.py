@@ -24,6 +24,7 @@ from anabranch.federated.replay import (
     pack,
     unpack,
 )
+from anabranch.federated.seeded_directions import ENGINE
 from anabranch.federated.seeded_model import digest, require_same_base
 from anabranch.federated.server import Accumulator, Server, ServerContext, Update
 from anabranch.federated.shared import shared_tensors
@@ -31,9 +32,16 @@ from anabranch.federated.slopes import Slopes, require_plain
 from anabranch.federated.strategies.base import Strategy
 from anabranch.federated.wire import Direction, Field, Schema
 
+_NUMBERS = ("base", "directions", "run", "machine", "first")
+"""Whole numbers in what a peer is sent."""
+
 
 class ReplicaDivergence(FederationError):
     """Replicas differ and no model is that of a majority. The run stops before it learns on."""
+
+
+class DirectionsMismatch(FederationError):
+    """A peer draws other directions from the same names: replaying would give another model."""
 
 
 class JustOneByte(Strategy):
@@ -104,11 +112,12 @@ class OneByteRelay(Server):
             "eps": o.eps,
             "codes": o.quantiser.kind,
             "base": self.base,
+            "directions": ENGINE,
         }
 
     def schemas(self) -> Mapping[tuple[Direction, str], Schema]:
         """Nothing but the values; up, nothing but the codes."""
-        numbers = [Field(name, "int") for name in ("base", "run", "machine", "first")]
+        numbers = [Field(name, "int") for name in _NUMBERS]
         down = (*numbers, Field("again", "bool"), Field("log", "bytes"))
         return {
             ("down", "train"): Schema(down),
@@ -122,6 +131,7 @@ class OneByteRelay(Server):
         first = 0 if again else self.known.get(client, 0)
         return {
             "base": self.base,
+            "directions": ENGINE,
             "run": self.run,
             "machine": machine,
             "first": first,
@@ -130,11 +140,16 @@ class OneByteRelay(Server):
         }
 
     def respond(self, reply: Reply, payload: Payload) -> str | None:
-        """Refuse what are no codes; note how far the peer is."""
+        """Refuse what are no codes, or not as many as slopes; note how far the peer is."""
         codes, said = payload.get("codes"), reply.metrics.get("iteration", -1)
         width = self.options.quantiser.width
         if not isinstance(codes, bytes) or len(codes) % width or len(codes) // width >= 2**16:
             raise PayloadError(f"{reply.client} sent no list of codes of {width} bytes")
+        if len(codes) != width * reply.units:
+            raise PayloadError(
+                f"{reply.client} says that it measured {reply.units:g} slopes, but sent codes of "
+                f"{len(codes) // width}"
+            )
         if not (0 <= said <= len(self.records) and said == int(said)):
             raise PayloadError(f"{reply.client} says that it is at iteration {said:g}")
         self.known[reply.client] = int(said)
@@ -216,6 +231,11 @@ class OneBytePeer(Client):
         """Codes of the slopes. A peer that lacks records before the first one sends none."""
         numbers = {name: value for name, value in payload.items() if isinstance(value, int)}
         require_same_base(ctx.name, ctx.state["base"], numbers["base"])
+        if numbers["directions"] != ENGINE:
+            raise DirectionsMismatch(
+                f"{ctx.name} draws directions the way {ENGINE}, the run the way "
+                f"{numbers['directions']}; both sides need the same version of anabranch"
+            )
         o = self.options
         replica = ReplayedModel(shared_tensors(ctx.model), o.lr, numbers["run"], o.quantiser)
         if "replica" in ctx.state and not payload["again"]:
