@@ -71,7 +71,7 @@ def map_path_parameters(context: Any, path_parameters: Any) -> Any:
 
 @schema.parametrize()
 @settings(
-    max_examples=200,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
