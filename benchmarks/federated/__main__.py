@@ -5,9 +5,10 @@
 
 Every client takes ``--steps`` SGD steps a round on its share of scikit-learn's digits, the server
 averages. The peer gets an environment of its own (built once) and as many worker processes as this
-process may use cores. We use one, and beside it as many with the runtime ``processes``. NVFlare
-starts a process for each turn of a client if there are more clients than workers, so that rounds of
-a hundred take ten minutes: choose few. The sides alternate; a side's figure is the median over all
+process may use cores. We use one, with the sites one after the other and then as one batch
+(``together``), and beside it as many as the peer with the runtime ``processes``. NVFlare starts a
+process for each turn of a client if there are more clients than workers, so that rounds of a
+hundred take ten minutes: choose few. The sides alternate; a side's figure is the median over all
 rounds but the first of each trial, so that starting up counts for none.
 """
 
@@ -21,21 +22,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from anabranch.claims.base import machine
 from anabranch.evaluation.testbeds import digits
-from anabranch.federated import Federation, Simulation, splits
+from anabranch.federated import Federation, Simulation, Site, splits
+from anabranch.federated.runtimes.base import Runtime
 from anabranch.federated.runtimes.processes import Processes
 from anabranch.federated.strategies import FedAvg
 from benchmarks.peers.environments import TORCH, Recipe
 
-SIMULATION, PROCESSES = OURS = ("simulation", "processes")
+SIMULATION, TOGETHER, PROCESSES = OURS = ("simulation", "together", "processes")
 PEERS = {
     "flower": Recipe("flower", (*TORCH, "flwr[simulation]==1.41.0", "numpy")),
     "nvflare": Recipe("nvflare", (*TORCH, "nvflare==2.9.0", "numpy")),
@@ -57,8 +62,9 @@ def main() -> None:
         write_job(job, split)
         for trial in range(options.trials):
             sides = [
-                (SIMULATION, lambda: ours(split, options, 0)),
-                (PROCESSES, lambda: ours(split, options, cores)),
+                (SIMULATION, lambda: ours(split, options, Simulation)),
+                (TOGETHER, lambda: ours(split, options, partial(Simulation, together=True))),
+                (PROCESSES, lambda: ours(split, options, partial(Processes, workers=cores))),
                 (options.peer, lambda: peer(python, job, options, cores)),
             ]
             for name, run in sides[:: -1 if trial % 2 else 1]:
@@ -114,8 +120,11 @@ def write_job(path: Path, split: list[np.ndarray]) -> None:
     )
 
 
-def ours(split: list[np.ndarray], options: argparse.Namespace, workers: int) -> dict[str, Any]:
-    """``workers`` processes, or none beside this one."""
+def ours(
+    split: list[np.ndarray],
+    options: argparse.Namespace,
+    runtime: Callable[[list[Site], nn.Module], Runtime],
+) -> dict[str, Any]:
     model, sites = digits.perceptron(), digits.sites(split)
     method = FedAvg()
     ended = [time.perf_counter()]
@@ -123,7 +132,7 @@ def ours(split: list[np.ndarray], options: argparse.Namespace, workers: int) -> 
         method.begin(model),
         method.client(digits.local(steps=options.steps)),
         method.schedule(options.rounds),
-        Processes(sites, model, workers) if workers else Simulation(sites, model),
+        runtime(sites, model),
         watch=lambda _: ended.append(time.perf_counter()),
     )
     federation.run()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anabranch.errors import ConfigurationError
 from anabranch.federated.client import ClientContext
+from anabranch.federated.cohort import Trained, trained_together
 from anabranch.federated.messages import Work
 from anabranch.federated.shared import frozen_statistics, lent, shared_tensors
 from anabranch.training.hooks import Hook
@@ -61,18 +62,26 @@ class LocalTraining:
         """
         if not len(ctx.data):
             return LocalResult(dict(start), 0, 0, math.nan)
-        with lent(ctx.model, start):
-            trainer: Trainer[Any] = Trainer(
-                ctx.model, self.objective, self.for_task(ctx.work, ctx.seed), ctx.data, hooks=hooks
-            )
-            if self.privacy is not None:
-                return self._run_privately(ctx, trainer)
-            losses = [trainer.step(trainer.next_items()).loss for _ in range(trainer.total_steps)]
-            tensors = shared_tensors(ctx.model)
-        ctx.spend(len(losses))
-        loss = math.fsum(losses) / len(losses)
+        options = self.for_task(ctx.work, ctx.seed)
+        trained = None
+        if not hooks and self.privacy is None:
+            key = ctx.name, ctx.task
+            trained = trained_together(key, ctx.model, self.objective, options, ctx.data, start)
+        if trained is None:
+            with lent(ctx.model, start):
+                trainer: Trainer[Any] = Trainer(
+                    ctx.model, self.objective, options, ctx.data, hooks=hooks
+                )
+                if self.privacy is not None:
+                    return self._run_privately(ctx, trainer)
+                steps = range(trainer.total_steps)
+                losses = [trainer.step(trainer.next_items()).loss for _ in steps]
+                trained = Trained(shared_tensors(ctx.model), losses, len(trainer.items))
+        steps_done = len(trained.losses)
+        ctx.spend(steps_done)
+        loss = math.fsum(trained.losses) / steps_done
         ctx.report(loss=loss)
-        return LocalResult(tensors, len(losses), len(trainer.items), loss)
+        return LocalResult(trained.tensors, steps_done, trained.examples, loss)
 
     def gradient(
         self, ctx: ClientContext, at: Mapping[str, Tensor], examples: int | None = None

@@ -98,6 +98,10 @@ class Objective(ABC, Generic[Item, MicroBatch]):
         """Figures to log from the totals of a step's (or an evaluation's) ``sums``."""
         return dict(sums)
 
+    batchable: bool = False
+    """Whether :meth:`loss` may be mapped over models by ``torch.func.vmap``: a step is one
+    micro-batch, a tensor, and the loss draws nothing, looks at no values and has no ``sums``."""
+
     unit: str = "tokens"
     """What :meth:`tokens` counts, as progress shows it."""
 

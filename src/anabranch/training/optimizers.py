@@ -15,10 +15,15 @@ from anabranch.training.options import TrainOptions
 Parameters = Mapping[str, nn.Parameter]
 
 
-def build_optimizer(options: TrainOptions, parameters: Parameters) -> Optimizer:
-    """AdamW (fused where torch can) or SGD; weight decay on matrices only."""
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
+def build_optimizer(
+    options: TrainOptions, parameters: Parameters, stacked: bool = False
+) -> Optimizer:
+    """AdamW (fused where torch can) or SGD; weight decay on matrices only.
+
+    ``stacked``: the first dimension of every parameter counts models, which are alike.
+    """
+    matrices = [p for p in parameters.values() if p.ndim - stacked >= 2]
+    vectors = [p for p in parameters.values() if p.ndim - stacked < 2]
     groups = [
         {"params": matrices, "weight_decay": options.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -37,6 +37,8 @@ class Images:
 class Digits(Objective[int, Tensor]):
     """Cross entropy of a classifier; an item is the number of a training image."""
 
+    batchable = True
+
     def plan(self, items: Sequence[int]) -> list[Tensor]:
         """All at once."""
         return [torch.tensor(items)]

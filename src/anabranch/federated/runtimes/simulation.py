@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from anabranch.errors import ConfigurationError
 from anabranch.federated.clock import DeviceProfile
+from anabranch.federated.cohort import Cohort, Postponed
 from anabranch.federated.messages import Reply, Task
 from anabranch.federated.node import Agreement, Node
 from anabranch.federated.randomness import generator
@@ -60,6 +61,11 @@ class Simulation(Runtime):
 
     ``strict`` lets errors of a method's own code through instead of counting a failed client.
     ``order`` arranges the tasks that were sent at one time before they run; it must not matter.
+
+    ``together`` trains the sites that were given tasks at one time as one batch where it can
+    (:mod:`anabranch.federated.cohort`), which for small models is several times as fast. Sums are
+    rounded otherwise then: results agree with those of other runtimes to float32's precision, not
+    bit for bit, and so do those of a run that was resumed with tasks under way.
     """
 
     clock: ClassVar[Clock] = "virtual"
@@ -71,6 +77,7 @@ class Simulation(Runtime):
         strict: bool = True,
         faults: Faults | None = None,
         order: Callable[[list[Task]], list[Task]] | None = None,
+        together: bool = False,
     ) -> None:
         self.sites = {site.name: site for site in sites}
         if len(self.sites) != len(sites):
@@ -79,6 +86,7 @@ class Simulation(Runtime):
         self.strict = strict
         self.faults = faults
         self.order = order
+        self.together = together
         self.nodes: dict[str, Node] = {}
         self._now = 0.0
 
@@ -120,7 +128,10 @@ class Simulation(Runtime):
     def next_input(self) -> Timed | None:
         """Let the sites work, then go on to the next thing that happens."""
         sent, self._sent = self._sent, []
-        for task in self.order(sent) if self.order else sent:
+        sent = self.order(sent) if self.order else sent
+        if self.together and len(sent) > 1:
+            sent = self._train_together(sent)
+        for task in sent:
             self._work(task)
         while self._due:
             self._now, *_, happened = heapq.heappop(self._due)
@@ -138,6 +149,25 @@ class Simulation(Runtime):
     def _gone(self, client: str) -> bool:
         """What a site sent while it was leaving never arrives."""
         return client in self.sites and self._now >= self.sites[client].leaves
+
+    def _train_together(self, tasks: list[Task]) -> list[Task]:
+        """Do all tasks but those that go on with an exchange, which cannot be begun twice."""
+        cohort = Cohort()
+        postponed, left = [], []
+        with cohort.gathering():
+            for task in tasks:
+                if task.exchange != task.id:
+                    left.append(task)
+                    continue
+                try:
+                    self._work(task)
+                except Postponed:
+                    postponed.append(task)
+        cohort.train()
+        with cohort.handing_out():
+            for task in postponed:
+                self._work(task)
+        return left
 
     def _work(self, task: Task) -> None:
         profile = self.sites[task.client].profile
