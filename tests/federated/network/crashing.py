@@ -8,6 +8,7 @@ who was killed how often, as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -80,6 +81,15 @@ def ended(running: Mapping[str, int]) -> dict[str, int]:
     return {role: os.waitpid(process, 0)[1] for role, process in running.items()}
 
 
+def latest(run: Path) -> set[tuple[str, int]]:
+    """The files of a run and their sizes, which change with every event that the run stores."""
+    found = set()
+    for path in run.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_size))
+    return found
+
+
 def main() -> None:
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -96,14 +106,20 @@ def main() -> None:
     running = {role: fork(start) for role, start in roles.items()}
     rng = random.Random(5)
     killed = dict.fromkeys(roles, 0)
-    for _ in range(kills):
-        time.sleep(rng.uniform(0.1, 0.5))
-        role = rng.choice([*roles, "coordinator"])
+    # Everyone once and the coordinator three times while there is certainly work left, then anyone.
+    plan = rng.sample([*roles, "coordinator", "coordinator"], len(roles) + 2)
+    plan += rng.choices([*roles, "coordinator"], k=kills - len(plan))
+    seen = latest(folder / "run")
+    for role in plan:
+        while latest(folder / "run") == seen and not (folder / "outcome").exists():
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.05))
         if (folder / "outcome").exists():
             break
         os.kill(running[role], signal.SIGKILL)
         os.waitpid(running[role], 0)
         killed[role] += 1
+        seen = latest(folder / "run")
         running[role] = fork(roles[role])
     statuses = ended(running)
     # Who was killed while it heard of the end asks for it in vain, until the same command is given.
