@@ -18,6 +18,7 @@ from anabranch.federated.codecs import (
     Codec,
     ErrorFeedback,
     Identity,
+    Projection,
     Quantise,
     RandK,
     Sign,
@@ -40,6 +41,8 @@ CODECS = {
     "top each": TopK(0.2, per_tensor=True),
     "random": RandK(0.2),
     "random each": RandK(0.2, per_tensor=True),
+    "projection": Projection(8),
+    "projection then 8 bits": Chain([Projection(8), Quantise(8)]),
     "sign": Sign(),
     "top then 8 bits": Chain([TopK(0.3), Quantise(8)]),
     "top then 16 bits": Chain([TopK(0.3), Cast()]),
@@ -121,7 +124,7 @@ def test_damaged_codes_are_named(codec):
                 assert decode(encode(found)).keys() == found.keys()
 
 
-@pytest.mark.parametrize("codec", [Quantise(4), Sign(), TopK(0.5)], ids=repr)
+@pytest.mark.parametrize("codec", [Quantise(4), Sign(), TopK(0.5), Projection()], ids=repr)
 def test_nan_has_no_code(codec):
     with pytest.raises(PayloadError):
         sent(codec, {"x": torch.tensor([1.0, math.nan])})
@@ -134,6 +137,9 @@ def test_nan_has_no_code(codec):
         Quantise(5),
         Quantise(4, norm="l2"),
         RandK(0.25),
+        Projection(2),
+        Projection(10),
+        Chain([Projection(20), Quantise(6)]),
         Chain([RandK(0.5), Quantise(3)]),
     ],
     ids=repr,
@@ -148,6 +154,20 @@ def test_unbiased_codecs_are_right_on_average(codec):
     if not isinstance(codec, Chain):
         variance = float((draws - x).square().sum(1).mean())
         assert variance <= 1.1 * codec.omega(40) * float(x.square().sum())
+
+
+@pytest.mark.parametrize("k", [2, 4, 40])
+def test_no_change_is_projected_worse_than_its_bound(k):
+    """Blocks of any norms, also where all the change is in one of them."""
+    codec = Projection(k)
+    for seed, norms in enumerate(
+        ([1, 1, 1], [1, 0, 0], [0, 0, 1], [9, 4, 1], [1, 2.1 / k, 2.9 / k])
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        x = {str(i): norm * torch.randn(30, generator=generator) for i, norm in enumerate(norms)}
+        found = [sent(codec, x, seed=seed) for seed in range(200)]
+        error = sum(float((f[n] - x[n]).square().sum()) for f in found for n in x) / len(found)
+        assert error <= 1.1 * codec.omega(90) * sum(float(t.square().sum()) for t in x.values())
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40))
@@ -187,6 +207,9 @@ def test_exact_sizes():
     quantised = Quantise(3).encode(x, {}, rng)
     assert quantised["x~q"].nbytes == 375 and quantised["x~q.norm"].nbytes == 4
     assert Sign().encode(x, {}, rng)["x~sign"].nbytes == 125
+    blocks = {"x": torch.ones(1000), "y": torch.ones(1000) / 4}
+    products = Projection(16).encode(blocks, {}, rng)
+    assert products["all~dot.count"].tolist() == [16, 4] and products["all~dot"].nbytes == 80
     both = Chain([TopK(0.1), Quantise(8)]).encode(x, {}, rng)
     assert both["all~top~q"].nbytes == 100
 
@@ -241,6 +264,8 @@ def test_options_that_cannot_work():
         lambda: Quantise(1),
         lambda: TopK(0),
         lambda: RandK(1.5),
+        lambda: Projection(1),
+        lambda: Projection(2**16),
         lambda: Cast("f8"),
         lambda: Chain([]),
         lambda: ErrorFeedback(ErrorFeedback(Sign())),
@@ -250,6 +275,13 @@ def test_options_that_cannot_work():
 
 
 def test_codecs_are_found_by_name():
-    assert {"identity", "cast", "quantise", "top_k", "rand_k", "sign", "error_feedback"} <= set(
-        registry.available("codecs")
-    )
+    assert {
+        "identity",
+        "cast",
+        "quantise",
+        "top_k",
+        "rand_k",
+        "projection",
+        "sign",
+        "error_feedback",
+    } <= set(registry.available("codecs"))

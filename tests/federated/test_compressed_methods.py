@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from anabranch.errors import ConfigurationError
 from anabranch.evaluation.testbeds import digits
 from anabranch.federated import Sync, Uniform, splits
-from anabranch.federated.codecs import Chain, Identity, Quantise, RandK, TopK
+from anabranch.federated.codecs import Chain, Identity, Projection, Quantise, RandK, TopK
 from anabranch.federated.errors import EmptyRound, SnapshotMismatch
 from anabranch.federated.payload import decode, encode
 from anabranch.federated.strategies.scaffold import Scaffold
@@ -86,6 +86,7 @@ def test_without_damping_and_codec_both_are_scaffold_bit_for_bit():
         [
             Scallion(bits=2),
             Scallion(0.5, codec=RandK(0.5)),
+            Scallion(0.5, codec=Projection(4)),
             Scafcom(),
             Scafcom(codec=Chain([TopK(0.5), Quantise(4)])),
         ]

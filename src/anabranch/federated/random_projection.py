@@ -74,30 +74,30 @@ class RandomProjection:
                 f"model, strategy and version of anabranch"
             )
 
-    def encode(self, change: Mapping[str, Tensor], seed: int) -> bytes:
-        """Tell a change. Raises :class:`FederationError` if it is not finite."""
+    def products(self, change: Mapping[str, Tensor], seed: int) -> list[Tensor]:
+        """The inner products of each block, float32, divided by their number.
+
+        Raises :class:`FederationError` if the change is not finite.
+        """
         vectors = [_gather(change, block) for block in self.blocks]
         norms = [float(vector.norm()) for vector in vectors]
         if not all(map(math.isfinite, norms)):
             raise FederationError("the local change holds NaN or infinity; lower the local rate")
         largest = max(1e-8, *norms)
         counts = [max(FEWEST, math.floor(norm / largest * self.k)) for norm in norms]
-        told = [np.array(counts, dtype="<u2").tobytes()]
+        told = []
         for index, (vector, count) in enumerate(zip(vectors, counts, strict=True)):
             rows = self._directions(seed, index, count, len(vector))
-            products = torch.cat([part @ vector for part in rows]) / count
-            told.append(products.numpy().astype("<f4").tobytes())
-        return b"".join(told)
+            told.append(torch.cat([part @ vector for part in rows]) / count)
+        return told
 
-    def decode(self, message: bytes, seed: int) -> dict[str, Tensor]:
+    def estimate(self, products: Sequence[Tensor], seed: int) -> dict[str, Tensor]:
         """An unbiased estimate of the change: the sum of ``c_j v_j``, as E[v v'] is the identity.
 
         In float32 whatever the model is in, so that sums of estimates are rounded to it once.
-        Raises :class:`PayloadError` if this is no such message.
         """
-        parts = self.read(message)
         estimate = {name: torch.zeros(math.prod(shape)) for name, shape in self.shapes.items()}
-        for index, (block, told) in enumerate(zip(self.blocks, parts, strict=True)):
+        for index, (block, told) in enumerate(zip(self.blocks, products, strict=True)):
             width = _width(block)
             vector, at = torch.zeros(width), 0
             for rows in self._directions(seed, index, len(told), width):
@@ -110,6 +110,14 @@ class RandomProjection:
                 at += size
         return {name: estimate[name].reshape(shape) for name, shape in self.shapes.items()}
 
+    def encode(self, change: Mapping[str, Tensor], seed: int) -> bytes:
+        """The :meth:`products` of a change as a message."""
+        return message_of(self.products(change, seed))
+
+    def decode(self, message: bytes, seed: int) -> dict[str, Tensor]:
+        """The :meth:`estimate` of a message; :class:`PayloadError` if this is no such message."""
+        return self.estimate(self.read(message), seed)
+
     def read(self, message: bytes) -> list[Tensor]:
         """The inner products of each block; :class:`PayloadError` if there are not as many."""
         head = 2 * len(self.blocks)
@@ -118,25 +126,32 @@ class RandomProjection:
             raise PayloadError(
                 f"{len(message)} bytes are not the inner products of {len(self.blocks)} blocks"
             )
-        if counts.min(initial=FEWEST) < FEWEST or counts.max(initial=0) > max(self.k, FEWEST):
-            raise PayloadError(f"a block has {FEWEST} to {self.k} directions")
         told = torch.from_numpy(np.frombuffer(message[head:], dtype="<f4").astype(np.float32))
-        if not told.isfinite().all():
+        return self.split(told, counts.tolist())
+
+    def split(self, products: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Products of all blocks as those of each; :class:`PayloadError` if they cannot be."""
+        if len(counts) != len(self.blocks) or len(products) != sum(counts):
+            raise PayloadError(
+                f"{len(products)} inner products of {len(counts)} blocks for {len(self.blocks)}"
+            )
+        if not all(FEWEST <= count <= max(self.k, FEWEST) for count in counts):
+            raise PayloadError(f"a block has {FEWEST} to {self.k} directions")
+        if not products.isfinite().all():
             raise PayloadError("an inner product is NaN or infinite")
-        return list(told.split(counts.tolist()))
+        return list(products.split(list(counts)))
 
     def clip(self, message: bytes, bound: float) -> tuple[bytes, int]:
         """The message with no ``c_j v_j`` longer than ``bound``, and how many were cut.
 
         For the length of ``v_j`` its root mean square is taken, ``sqrt(n)``.
         """
-        head, cut = 2 * len(self.blocks), 0
-        kept = [message[:head]]
+        kept, cut = [], 0
         for block, told in zip(self.blocks, self.read(message), strict=True):
             most = bound * _width(block) ** -0.5
             cut += int((told.abs() > most).sum())
-            kept.append(told.clamp(-most, most).numpy().astype("<f4").tobytes())
-        return b"".join(kept), cut
+            kept.append(told.clamp(-most, most))
+        return message_of(kept), cut
 
     def pooled(self, messages: Iterable[tuple[int, float, bytes]]) -> Tensor:
         """The sum of ``factor * c_j`` for each direction of the pool, float64 [blocks, k].
@@ -162,10 +177,11 @@ class RandomProjection:
             yield from truncated(derive_seed("pool", self.pool, number), index, 1, width)
 
 
-def message_of(products: Tensor) -> bytes:
-    """The message that tells these inner products of each block, float32 [blocks, k]."""
-    counts = np.full(len(products), products.shape[1], dtype="<u2")
-    return counts.tobytes() + products.numpy().astype("<f4").tobytes()
+def message_of(products: Iterable[Tensor]) -> bytes:
+    """The message that tells these inner products of each block, float32."""
+    told = list(products)
+    counts = np.array([len(block) for block in told], dtype="<u2").tobytes()
+    return b"".join([counts, *(block.numpy().astype("<f4").tobytes() for block in told)])
 
 
 def _blocks(sizes: Mapping[str, int]) -> list[Sequence[Piece]]:

@@ -9,6 +9,7 @@ from anabranch.federated.codecs.base import Codec, Identity, TensorCodec
 from anabranch.federated.codecs.cast import Cast
 from anabranch.federated.codecs.chain import Chain
 from anabranch.federated.codecs.error_feedback import ErrorFeedback
+from anabranch.federated.codecs.projection import Projection
 from anabranch.federated.codecs.quantise import Quantise
 from anabranch.federated.codecs.sign import Sign
 from anabranch.federated.codecs.sparse import RandK, TopK
@@ -19,6 +20,7 @@ __all__ = [
     "Codec",
     "ErrorFeedback",
     "Identity",
+    "Projection",
     "Quantise",
     "RandK",
     "Sign",

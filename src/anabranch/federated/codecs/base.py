@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +15,8 @@ from anabranch.federated.payload import Payload, Value
 
 MARK = "~"
 """Between a tensor's name and what a codec adds to it. No tensor of a method has it in its name."""
+WHOLE = "all"
+"""Stands for a payload's tensors as one vector."""
 
 
 class Codec(ABC):
@@ -140,3 +142,33 @@ def finite(x: Tensor, codec: str) -> Tensor:
     if not x.isfinite().all():
         raise PayloadError(f"{codec} cannot encode a tensor that holds NaN or infinity")
     return x
+
+
+def floating(payload: Payload) -> tuple[dict[str, Tensor], dict[str, Value]]:
+    """The floating-point tensors of a payload, on the CPU and by name, and everything else."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Value] = {}
+    for name in sorted(payload):
+        value = payload[name]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            tensors[name] = value.detach().cpu()
+        else:
+            others[name] = value
+    return tensors, others
+
+
+def with_whole(others: Payload, parts: Mapping[str, Value]) -> dict[str, Value]:
+    """A payload with the parts, by suffix, that stand for all its tensors."""
+    return {**others, **{f"{WHOLE}{MARK}{suffix}": part for suffix, part in parts.items()}}
+
+
+def without_whole(
+    payload: Payload, suffixes: Sequence[str]
+) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Everything else and these parts, all or none; :class:`PayloadError` if some are missing."""
+    keys = {f"{WHOLE}{MARK}{suffix}": suffix for suffix in suffixes}
+    others = {key: value for key, value in payload.items() if key not in keys}
+    parts = {suffix: payload[key] for key, suffix in keys.items() if key in payload}
+    if 0 < len(parts) < len(keys):
+        raise PayloadError(f"the payload lacks one of {', '.join(keys)}")
+    return others, parts

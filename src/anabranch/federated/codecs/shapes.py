@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,3 +32,22 @@ def parse(text: Value, name: str) -> tuple[torch.dtype, list[int]]:
     if not DTYPES[words[0]].is_floating_point:
         raise PayloadError(f"{name!r} has the type {words[0]}, which is not floating point")
     return DTYPES[words[0]], sides
+
+
+def describe_all(tensors: Mapping[str, Tensor]) -> str:
+    """Types and shapes of several tensors, by name, as JSON."""
+    return json.dumps({name: describe(x) for name, x in tensors.items()}, separators=(",", ":"))
+
+
+def parse_all(text: Value) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Types and shapes again; :class:`PayloadError` if the text is something else, or too much."""
+    try:
+        read = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict):
+        raise PayloadError("the shapes of a payload's tensors are no JSON object")
+    found = {name: parse(value, name) for name, value in read.items()}
+    if (values := sum(math.prod(shape) for _, shape in found.values())) > LARGEST:
+        raise PayloadError(f"the payload claims {values} values")
+    return found

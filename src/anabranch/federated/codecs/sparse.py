@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -14,12 +13,16 @@ from torch import Tensor
 
 from anabranch.errors import ConfigurationError
 from anabranch.federated.codecs import bits, shapes
-from anabranch.federated.codecs.base import MARK, TensorCodec, tensor_of
+from anabranch.federated.codecs.base import (
+    WHOLE,
+    TensorCodec,
+    floating,
+    tensor_of,
+    with_whole,
+    without_whole,
+)
 from anabranch.federated.errors import PayloadError
 from anabranch.federated.payload import Payload, Value
-
-_WHOLE = "all"
-"""Stands for a payload's tensors as one vector."""
 
 
 class _Sparse(TensorCodec):
@@ -43,35 +46,24 @@ class _Sparse(TensorCodec):
         """One vector, its values chosen, and how to cut it into tensors again."""
         if self.per_tensor:
             return super().encode(payload, state, rng)
-        coded: dict[str, Value] = {}
-        vectors, described = [], {}
-        for name in sorted(payload):
-            value = payload[name]
-            if isinstance(value, Tensor) and value.is_floating_point():
-                vectors.append(value.detach().cpu().reshape(-1).to(torch.float32))
-                described[name] = shapes.describe(value)
-            else:
-                coded[name] = value
-        if vectors:
-            parts = self.shrink(torch.cat(vectors), rng)
-            parts[self.suffixes[-1]] = json.dumps(described, separators=(",", ":"))
-            coded |= {f"{_WHOLE}{MARK}{suffix}": part for suffix, part in parts.items()}
-        return coded
+        tensors, others = floating(payload)
+        if not tensors:
+            return others
+        vectors = [tensor.reshape(-1).to(torch.float32) for tensor in tensors.values()]
+        parts = self.shrink(torch.cat(vectors), rng)
+        parts[self.suffixes[-1]] = shapes.describe_all(tensors)
+        return with_whole(others, parts)
 
     def decode(self, payload: Payload) -> dict[str, Value]:
         """The tensors, zero where nothing was sent."""
         if self.per_tensor:
             return super().decode(payload)
-        keys = [f"{_WHOLE}{MARK}{suffix}" for suffix in self.suffixes]
-        decoded = {key: value for key, value in payload.items() if key not in keys}
-        if not any(key in payload for key in keys):
+        decoded, parts = without_whole(payload, self.suffixes)
+        if not parts:
             return decoded
-        if not all(key in payload for key in keys):
-            raise PayloadError(f"the payload lacks one of {', '.join(keys)}")
-        described = _described(payload[keys[-1]])
+        described = shapes.parse_all(parts[self.suffixes[-1]])
         sizes = [math.prod(shape) for _, shape in described.values()]
-        parts = dict(zip(self.suffixes, (payload[key] for key in keys), strict=True))
-        vector = self._vector(_WHOLE, parts, sum(sizes))
+        vector = self._vector(WHOLE, parts, sum(sizes))
         pieces = torch.split(vector, sizes)
         for (name, (dtype, shape)), piece in zip(described.items(), pieces, strict=True):
             decoded[name] = piece.to(dtype).reshape(shape)
@@ -176,13 +168,3 @@ class RandK(_Sparse):
     def omega(self, size: int) -> float:
         """d / k - 1."""
         return size / self.kept(size) - 1 if size else 0.0
-
-
-def _described(text: Value) -> dict[str, tuple[torch.dtype, list[int]]]:
-    try:
-        read = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        read = None
-    if not isinstance(read, dict):
-        raise PayloadError("the shapes of a sparse payload are no JSON object")
-    return {name: shapes.parse(value, name) for name, value in read.items()}
