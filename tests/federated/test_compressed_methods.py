@@ -16,6 +16,7 @@ from anabranch.federated import Sync, Uniform, splits
 from anabranch.federated.codecs import Chain, Identity, Projection, Quantise, RandK, TopK
 from anabranch.federated.errors import EmptyRound, SnapshotMismatch
 from anabranch.federated.payload import decode, encode
+from anabranch.federated.strategies.fedavg_m import FedAvgM
 from anabranch.federated.strategies.scaffold import Scaffold
 from anabranch.federated.strategies.scallion import Scafcom, Scallion
 from tests.federated.helpers import Tamper, lost
@@ -189,3 +190,18 @@ def test_other_codecs_are_another_run(tmp_path):
     made(0.5).run()
     with pytest.raises(SnapshotMismatch, match="keep"):
         made(0.4).resume()
+
+
+def test_projected_changes_train_as_well_on_few_bytes():
+    """Also with a method that adds a direction of its own to them."""
+    accuracies, uploads = {}, {}
+    for codec in (None, Projection(128)):
+        model = digits.perceptron()
+        federation = FedAvgM(0.5).simulate(
+            model, digits.local(), digits.sites(splits.iid(1000, 20)), rounds=20, codec=codec
+        )
+        uploads[str(codec)] = federation.run().ledger.total(direction="up").payload
+        accuracies[str(codec)] = digits.watch(model)(federation.coordinator)["accuracy"]
+    whole, projected = accuracies.values()
+    assert projected >= whole - 0.02 and whole > 0.9
+    assert uploads["None"] > 12 * min(uploads.values())
