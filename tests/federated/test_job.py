@@ -19,9 +19,11 @@ from anabranch.errors import ConfigurationError
 from anabranch.federated import Buffered, Deadline, Sync
 from anabranch.federated.codecs import Chain, ErrorFeedback
 from anabranch.federated.job import FederateJob, load_job
-from anabranch.federated.running import claim
+from anabranch.federated.replay import ReplayLog
+from anabranch.federated.running import claim, deal
 from anabranch.federated.scheduling import Uniform
 from anabranch.federated.scheduling.compass import Compass
+from anabranch.federated.shared import load_shared, shared_tensors
 from anabranch.federated.strategies import FedAvgServer, FedProx
 from anabranch.federated.strategies.fedpage import FullRounds
 from anabranch.federated.strategies.warm_up import WarmUp
@@ -104,6 +106,22 @@ def test_a_job_from_file_to_adapter(file: Path, tmp_path: Path) -> None:
     assert "3 versions" in again.stdout
     other = runner.invoke(app, ["federate", str(file), "seed=1", "-o", str(output)])
     assert other.exit_code == 2 and "seed: 0 -> 1" in other.stderr
+
+
+def test_a_log_of_bytes_stands_for_the_adapter(file: Path, tmp_path: Path) -> None:
+    overrides = ["strategy=just-one-byte", "schedule={rounds: 2}"]
+    output = tmp_path / "run"
+    done = runner.invoke(app, ["federate", str(file), *overrides, "-o", str(output)])
+    assert done.exit_code == 0, done.output
+    log = ReplayLog.load(output / "replay.log")
+    setup, _, _ = deal(load_job(file, overrides))
+    load_shared(setup.model, log.replay(shared_tensors(setup.model)))
+    setup.save(tmp_path / "replayed")
+    one, other = (
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        for folder in (output, tmp_path / "replayed")
+    )
+    assert one == other and len(one) > 10 * (output / "replay.log").stat().st_size
 
 
 def test_an_interrupted_job_goes_on(file: Path, tmp_path: Path, monkeypatch) -> None:

@@ -19,12 +19,14 @@ from anabranch.federated.randomness import derive_seed
 from anabranch.federated.replay import (
     Contribution,
     ReplayedModel,
+    ReplayLog,
+    ReplayLogError,
     ScalarQuantiser,
     pack,
     unpack,
 )
 from anabranch.federated.seeded_directions import normal
-from anabranch.federated.seeded_model import ModelDiverged, digest
+from anabranch.federated.seeded_model import BaseModelMismatch, ModelDiverged, digest
 from anabranch.federated.server import Update
 from anabranch.federated.shared import lent, shared_tensors
 from anabranch.federated.slopes import loss_of
@@ -115,6 +117,48 @@ def test_a_log_is_its_records_and_a_torn_one_is_refused(records, width):
     if records:
         with pytest.raises(PayloadError, match=r"lacks codes|ends within"):
             unpack(log[:-1], width)
+
+
+def test_a_log_as_a_file_gives_the_model_to_whoever_has_the_base(tmp_path):
+    federation = simulate(JustOneByte(codes="float8_e4m3"))
+    federation.run()
+    path = tmp_path / "new" / "replay.log"
+    federation.server.export(path.parent)
+    assert path.stat().st_size < 400, "of 3 rounds of 3 peers with 2 slopes each"
+    base = shared_tensors(digits.perceptron())
+    log = ReplayLog.load(path)
+    assert log == federation.server.log
+    found = log.replay(base)
+    assert all(torch.equal(found[name], x) for name, x in federation.server.tensors.items())
+    assert any(not torch.equal(found[name], x) for name, x in base.items())
+    with pytest.raises(BaseModelMismatch):
+        log.replay(shared_tensors(digits.perceptron(1)))
+    changed = log.records[:-1] + bytes([log.records[-1] ^ 1])
+    for wrong, says in (({"records": changed}, "changed or lost"), ({"directions": 0}, "drawn")):
+        with pytest.raises(ReplayLogError, match=says):
+            dataclasses.replace(log, **wrong).replay(base)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: b"",
+        lambda data: data[:-1],
+        lambda data: b"[]\n",
+        lambda data: data.replace(b"log 1", b"log 2"),
+        lambda data: data.replace(b"float8_e4m3", b"float9"),
+        lambda data: data.replace(b'"lr"', b'"rate"'),
+        lambda data: b"\x80" + data,
+    ],
+)
+def test_files_that_are_no_logs(spoil, tmp_path):
+    federation = simulate(JustOneByte(codes="float8_e4m3"), rounds=1)
+    federation.run()
+    federation.server.export(tmp_path)
+    path = tmp_path / "replay.log"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ReplayLogError, match="no whole replay log"):
+        ReplayLog.load(path)
 
 
 def test_an_update_by_hand():

@@ -12,10 +12,12 @@ all little-endian. The scale of the codes follows from the log, too, and takes n
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,9 +26,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.errors import ConfigurationError
-from anabranch.federated.errors import PayloadError
+from anabranch.federated.errors import FederationError, PayloadError
 from anabranch.federated.randomness import derive_seed
-from anabranch.federated.seeded_model import LARGEST, ModelDiverged, SeededModel, to_units
+from anabranch.federated.seeded_directions import ENGINE
+from anabranch.federated.seeded_model import (
+    LARGEST,
+    ModelDiverged,
+    SeededModel,
+    digest,
+    require_same_base,
+    to_units,
+)
+from anabranch.files import replacing
 
 _COUNT = struct.Struct("<H")
 _CONTRIBUTION = struct.Struct("<HHH")
@@ -34,6 +45,7 @@ _FIRST_SCALE, _LEAST_SCALE = 8.0, 1e-3
 _SKIPPED = -128
 Kind = Literal["int8", "float8_e4m3", "float32"]
 _LARGEST_FLOAT8 = 448.0
+_FORMAT = "anabranch replay log 1"
 
 
 class ScalarQuantiser:
@@ -175,3 +187,72 @@ class ReplayedModel:
         """Restore them."""
         self.model.restore(state["sums"])
         self.scales, self.spent = list(state["scales"]), state["spent"]
+
+
+class ReplayLogError(FederationError):
+    """A file is no whole replay log, or does not give the model that it promises."""
+
+
+@dataclass(frozen=True)
+class ReplayLog:
+    """A version as its base and everyone's codes: what fine-tuning made of a model, in kilobytes.
+
+    A file is a line of JSON with all but the ``records``, then these. ``base`` and ``result`` are
+    the digests of the model before and after; ``run`` names the directions, drawn the way
+    ``directions``.
+    """
+
+    base: int
+    result: int
+    run: int
+    lr: float
+    codes: Kind
+    records: bytes
+    directions: int = ENGINE
+
+    def replay(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The version's tensors, from those of the base.
+
+        Raises :class:`BaseModelMismatch` if these are others, :class:`ReplayLogError` if what comes
+        out is not what the log was made of.
+        """
+        require_same_base("this machine", digest(start), self.base)
+        if self.directions != ENGINE:
+            raise ReplayLogError(
+                f"the log's directions are drawn the way {self.directions}, this version of "
+                f"anabranch draws them the way {ENGINE}; replay it with the version that wrote it"
+            )
+        quantiser = ScalarQuantiser(self.codes)
+        model = ReplayedModel(start, self.lr, self.run, quantiser)
+        for record in unpack(self.records, quantiser.width):
+            model.apply(record)
+        found = model.model.tensors
+        if digest(found) != self.result:
+            raise ReplayLogError(
+                f"the log leads to {digest(found):012x} and was written for {self.result:012x}: "
+                f"a record was changed or lost; get the file again"
+            )
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write a file, whole or not at all."""
+        header = {"format": _FORMAT, **asdict(self)}
+        del header["records"]
+        with replacing(path) as draft:
+            draft.write_bytes(json.dumps(header).encode() + b"\n" + self.records)
+
+    @classmethod
+    def load(cls, path: Path) -> ReplayLog:
+        """Read a file; :class:`ReplayLogError` if it holds something else."""
+        line, _, records = path.read_bytes().partition(b"\n")
+        try:
+            header = json.loads(line)
+            if header.pop("format") != _FORMAT:
+                raise ValueError
+            log = cls(records=records, **header)
+            unpack(log.records, ScalarQuantiser(log.codes).width)
+        except (ValueError, TypeError, KeyError, AttributeError, ConfigurationError):
+            raise ReplayLogError(
+                f"{path} is no whole replay log; a federation with just-one-byte writes one"
+            ) from None
+        return log

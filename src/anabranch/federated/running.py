@@ -1,8 +1,8 @@
 """From a job to a folder with its result: the federation, evaluated and reported.
 
 The folder holds ``run/`` (snapshots, journal and the sites' state, for going on after a crash),
-``job.json``, ``adapter/`` and ``report.json``; ``evaluations.json`` if the job has any, or examples
-that clients hold out; the command line adds ``loss.svg``.
+``job.json``, ``adapter/``, ``report.json`` and what else a method exports; ``evaluations.json`` if
+the job has any, or examples that clients hold out; the command line adds ``loss.svg``.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def run_job(
     result = run_or_resume(federation, folder)
     load_shared(setup.model, _tensors(federation.coordinator))
     saved = setup.save(folder)
+    federation.server.export(folder)
     evaluated.at("after")
     found = report(job, result)
     if evaluated.found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -115,6 +116,9 @@ class Server(ABC):
 
         Raises :class:`AggregationError` before anything is changed.
         """
+
+    def export(self, folder: Path) -> None:
+        """Write what stands for the last version beside the model, for methods that have it."""
 
     @property
     def quiet(self) -> bool:

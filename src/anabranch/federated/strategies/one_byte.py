@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from anabranch.federated.replay import (
     Contribution,
     Kind,
     ReplayedModel,
+    ReplayLog,
     ScalarQuantiser,
     pack,
     unpack,
@@ -200,6 +202,17 @@ class OneByteRelay(Server):
         ):
             shown.apply(record)
         return shown.model.tensors
+
+    @property
+    def log(self) -> ReplayLog:
+        """This version as a file that gives the model to whoever has the base."""
+        o = self.options
+        records = b"".join(self.records)
+        return ReplayLog(self.base, digest(self.tensors), self.run, o.lr, o.quantiser.kind, records)
+
+    def export(self, folder: Path) -> None:
+        """``replay.log``."""
+        self.log.save(folder / "replay.log")
 
     def state_dict(self) -> dict[str, Any]:
         """The log and the peers."""
