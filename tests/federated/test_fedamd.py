@@ -22,13 +22,14 @@ from tests.federated.quadratics import InTurn, Point, bowls, gradient, local, pl
 from tests.federated.test_momentum_methods import RATE, STEPS, run
 
 
-def by_hand(made, rounds, anchors, steps=STEPS, server_lr=1.0):
+def by_hand(made, rounds, anchors, steps=STEPS, server_lr=1.0, sizes=None):
     """Algorithm 1 in float64, everyone first; ``anchors(round, client)`` says who is one."""
+    sizes = np.ones(len(made)) if sizes is None else np.array(sizes)
     x = np.zeros(len(made[0].target))
     kept = [bowl.gradient(x) for bowl in made]
     for number, chosen in enumerate(rounds, 1):
-        target = np.mean(kept, axis=0)
-        changes, fresh = [], {}
+        target = np.average(kept, axis=0, weights=sizes)
+        changes, miners, fresh = [], [], {}
         for i in chosen:
             if anchors(number, i):
                 fresh[i] = made[i].gradient(x)
@@ -39,11 +40,12 @@ def by_hand(made, rounds, anchors, steps=STEPS, server_lr=1.0):
                 g = g + made[i].gradient(y) - made[i].gradient(before)
                 before, y = y, y - RATE * g
             changes.append(y - x)
+            miners.append(sizes[i])
         if changes:
-            x = x + server_lr * np.mean(changes, axis=0)
+            x = x + server_lr * np.average(changes, axis=0, weights=miners)
         for i, found in fresh.items():
             kept[i] = found
-    return x, np.mean(kept, axis=0)
+    return x, np.average(kept, axis=0, weights=sizes)
 
 
 @pytest.mark.parametrize("cache", ["server", "client"])
@@ -62,6 +64,21 @@ def test_against_the_written_out_algorithm(options, cache):
         made, sampler.rounds, lambda n, i: roles[n, i], server_lr=options.get("server_lr", 1.0)
     )
     assert len(sampler.rounds) == 8
+    assert np.allclose(position(federation.server.tensors), x, atol=2e-5)
+    assert np.allclose(position(federation.server.target), target, atol=2e-5)
+
+
+@pytest.mark.parametrize("cache", ["server", "client"])
+def test_clients_count_by_their_examples_where_asked(cache):
+    made, sampler, sizes = bowls(4), InTurn(2), [1, 2, 3, 1]
+    sites = [
+        Site(f"c{i}", [bowl] * size) for i, (bowl, size) in enumerate(zip(made, sizes, strict=True))
+    ]
+    strategy = FedAMD(cache=cache, weighting="examples")
+    schedule = strategy.schedule(9, sampler)
+    federation = strategy.simulate(Point(5), local(RATE, STEPS), sites, schedule=schedule)
+    federation.run()
+    x, target = by_hand(made, sampler.rounds, lambda n, _: n % 2 == 0, sizes=sizes)
     assert np.allclose(position(federation.server.tensors), x, atol=2e-5)
     assert np.allclose(position(federation.server.target), target, atol=2e-5)
 
@@ -258,6 +275,7 @@ def test_sites_with_less_than_a_large_batch_are_named_once(caplog):
         {"every": 2, "probability": 0.5},
         {"large_batch": 0},
         {"cache": "disk"},
+        {"weighting": "loss"},
         {"server_lr": -1.0},
     ],
 )

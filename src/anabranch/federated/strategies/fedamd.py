@@ -37,6 +37,7 @@ from anabranch.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 Cache = Literal["server", "client"]
+Weighting = Literal["uniform", "examples"]
 
 TOO_LARGE = 50
 """A miner whose direction grows by this factor within a task gives up."""
@@ -56,8 +57,9 @@ class FedAMD(Strategy):
     is always an anchor; in the first round everyone is asked.
 
     ``cache``: gradients are kept at the ``server`` (as many models as clients, in memory and in
-    every snapshot), or by each ``client``, which then sends what changed. Local training must be
-    plain SGD, at a smaller rate than FedAvg's; a miner's step costs two gradients.
+    every snapshot), or by each ``client``, which then sends what changed. ``weighting``: clients
+    count alike (``uniform``, as in the paper), or by the ``examples`` that they declared. Local
+    training must be plain SGD, at a smaller rate than FedAvg's; a miner's step costs two gradients.
     """
 
     name = "fedamd"
@@ -69,6 +71,7 @@ class FedAMD(Strategy):
         large_batch: int | None = None,
         cache: Cache = "server",
         server_lr: float = 1.0,
+        weighting: Weighting = "uniform",
     ) -> None:
         if every is not None and probability is not None:
             raise ConfigurationError("give every or probability, not both")
@@ -84,8 +87,11 @@ class FedAMD(Strategy):
             raise ConfigurationError(f"large_batch is at least 1, not {large_batch}")
         if cache not in ("server", "client"):
             raise ConfigurationError(f"cache is server or client, not {cache!r}")
+        if weighting not in ("uniform", "examples"):
+            raise ConfigurationError(f"weighting is uniform or examples, not {weighting!r}")
         self.every, self.probability, self.large_batch = every, probability, large_batch
         self.cache: Cache = cache
+        self.weighting: Weighting = weighting
         self.server_lr = positive("server_lr", server_lr)
 
     def server(self, start: Mapping[str, Tensor]) -> Server:
@@ -117,26 +123,27 @@ class FedAMDServer(Server):
         self.tensors = dict(start)
         """The present version."""
         self.total = {n: torch.zeros_like(x, dtype=torch.float64) for n, x in start.items()}
-        """Sum of the gradients that are kept, followed change by change."""
+        """Weighted sum of the gradients that are kept, followed change by change."""
         self.warm: set[str] = set()
         """Clients of which a gradient is kept."""
         self.kept: dict[str, Tensors] = {}
         """The gradients themselves, with ``cache`` server."""
         self.version = 0
         self._seed = 0
+        self._clients: Mapping[str, int] = {}
         self._messages: dict[bool, Payload] = {}
         self._sizes = SmallSites(options.large_batch)
 
     def setup(self, ctx: ServerContext) -> None:
         """Roles are drawn from the run's seed."""
-        self._seed = ctx.seed
+        self._seed, self._clients = ctx.seed, ctx.clients
         self._sizes.follow(ctx.clients)
 
     @property
     def target(self) -> Tensors:
         """Where miners go: the mean of the gradients that are kept."""
-        count = max(1, len(self.warm))
-        return {n: (x / count).to(self.tensors[n].dtype) for n, x in self.total.items()}
+        weights = math.fsum(map(self._weight, self.warm)) or 1.0
+        return {n: (x / weights).to(self.tensors[n].dtype) for n, x in self.total.items()}
 
     def settings(self) -> dict[str, Any]:
         """The method's."""
@@ -173,15 +180,17 @@ class FedAMDServer(Server):
 
     def fold(self, acc: Accumulator, update: Update) -> Accumulator:
         """Miners' changes are added up, anchors' gradients are filed."""
-        acc = acc or {"change": {}, "miners": 0, "anchors": []}
+        acc = acc or {"change": {}, "miners": 0, "weight": 0.0, "anchors": []}
         if not update.examples:
             return acc
         tensors = update.tensors
         if update.payload["role"] == "anchor":
             filed = {"client": update.client, "gradient": tensors}
             return {**acc, "anchors": [*acc["anchors"], filed]}
-        change = {n: acc["change"].get(n, 0) + x.to(torch.float64) for n, x in tensors.items()}
-        return {**acc, "change": change, "miners": acc["miners"] + 1}
+        weight, before = self._weight(update.client), acc["change"]
+        change = {n: before.get(n, 0) + weight * x.to(torch.float64) for n, x in tensors.items()}
+        counts = {"miners": acc["miners"] + 1, "weight": acc["weight"] + weight}
+        return {**acc, "change": change, **counts}
 
     def merge(self, one: Accumulator, other: Accumulator) -> Accumulator:
         """Add changes, join files."""
@@ -191,6 +200,7 @@ class FedAMDServer(Server):
         return {
             "change": change,
             "miners": one["miners"] + other["miners"],
+            "weight": one["weight"] + other["weight"],
             "anchors": one["anchors"] + other["anchors"],
         }
 
@@ -199,7 +209,7 @@ class FedAMDServer(Server):
         if not acc["miners"] and not acc["anchors"]:
             raise EmptyRound("no client of the round has data; the model stays as it was")
         if acc["miners"]:
-            rate = self.options.server_lr / acc["miners"]
+            rate = self.options.server_lr / acc["weight"]
             self.tensors = {
                 name: (x + rate * acc["change"][name]).to(x.dtype)
                 for name, x in self.tensors.items()
@@ -211,6 +221,9 @@ class FedAMDServer(Server):
         self._messages = {}
         return {"miners": acc["miners"], "anchors": len(acc["anchors"])}
 
+    def _weight(self, client: str) -> float:
+        return float(self._clients[client]) if self.options.weighting == "examples" else 1.0
+
     def _file(self, client: str, gradient: Tensors) -> None:
         self.warm.add(client)
         old: Tensors = {}
@@ -218,7 +231,8 @@ class FedAMDServer(Server):
             old, self.kept[client] = self.kept.get(client, {}), gradient
         for name, tensor in gradient.items():
             news = tensor.to(torch.float64)
-            self.total[name] = self.total[name] + (news - old[name] if old else news)
+            change = news - old[name] if old else news
+            self.total[name] = self.total[name] + self._weight(client) * change
 
     def state_dict(self) -> dict[str, Any]:
         """Everything."""
