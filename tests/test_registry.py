@@ -33,3 +33,13 @@ def test_another_package_adds_one_by_an_entry_point(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(registry, "entry_points", entry_points)
     assert registry.get("policies", "mine").__name__ == "Mine"
+
+
+def test_a_subclass_that_inherits_its_name_takes_no_place() -> None:
+    from anabranch.federated.strategies import FedAvg
+
+    class Variation(FedAvg):
+        """Only its author knows it."""
+
+    assert Variation.name == "fedavg"
+    assert registry.get("strategies", "fedavg") is FedAvg

@@ -1,8 +1,8 @@
 """Finds plug-ins: one registry for every kind.
 
-A *kind* is a base class whose concrete subclasses carry a ``name``. A subclass is found when it
-lives in the package of its base class, or when an installed distribution names it under the
-entry-point group ``anabranch.<kind>``::
+A *kind* is a base class whose concrete subclasses carry a ``name`` of their own; one that inherits
+its name is a variation and no plug-in. A subclass is found when it lives in the package of its base
+class, or when an installed distribution names it under the entry-point group ``anabranch.<kind>``::
 
     [project.entry-points."anabranch.policies"]
     mine = "my_package.policies:MyPolicy"
@@ -56,7 +56,8 @@ def available(kind: str) -> dict[str, type[Any]]:
         importlib.import_module(module.name)
     for entry_point in entry_points(group=f"anabranch.{kind}"):
         entry_point.load()
-    return dict(sorted((cls.name, cls) for cls in _concrete_subclasses(base)))
+    found = {cls.name: cls for cls in _concrete_subclasses(base)}
+    return dict(sorted(found.items()))
 
 
 def get(kind: str, name: str) -> type[Any]:
@@ -75,7 +76,7 @@ def summary(cls: type[Any]) -> str:
 def _concrete_subclasses(base: type[Any]) -> list[type[Any]]:
     found = []
     for cls in base.__subclasses__():
-        if not inspect.isabstract(cls) and getattr(cls, "name", None):
+        if not inspect.isabstract(cls) and vars(cls).get("name"):
             found.append(cls)
         found.extend(_concrete_subclasses(cls))
     return found
