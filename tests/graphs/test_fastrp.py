@@ -213,18 +213,16 @@ def test_no_nodes_one_node_and_fewer_nodes_than_columns() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fastrp", "fastrp, powers kept"])
 def test_memory_and_time_grow_with_the_edges(method: str) -> None:
-    """What 200,000 and 800,000 edges take, drawn on, is below 6 GB at ten million."""
+    """What 800,000 and 3,200,000 edges take, drawn on, is below 6 GB at ten million.
+
+    Both are larger than a processor's cache, so that time grows with the work alone.
+    """
     options = Namespace(dim=128, walks=1, workers=1)
-    small, large = (measure(method, edges, options) for edges in (200_000, 800_000))
+    small, large = (measure(method, edges, options) for edges in (800_000, 3_200_000))
     more = (large["peak_gigabytes"] - small["peak_gigabytes"]) / (large["edges"] - small["edges"])
+    assert more > 0
     assert large["peak_gigabytes"] + more * (10**7 - large["edges"]) < 6
-
-    def fastest(edges: int) -> float:
-        return min(measure(method, edges, options)["seconds"] for _ in range(2))
-
-    # Fractions of a second, in which other tests may be at work: once is no measurement.
-    found = large["seconds"] / small["seconds"]
-    assert found < 8 or fastest(800_000) < 8 * fastest(200_000), "four times the edges"
+    assert large["seconds"] < 10 * small["seconds"], "four times the edges; 16 if it were quadratic"
 
 
 def test_tuning_finds_better_weights_and_repeats() -> None:
